@@ -1,0 +1,62 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""m3fm: chest X-ray and CT reports in English and Chinese, and diagnosis. For research use only.
+
+Importing the package registers its models, processors and pipelines with transformers; nothing else is loaded.
+"""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_m3fm import M3FMConfig
+from .image_processing_m3fm import M3FMImageProcessor
+from .modeling_m3fm import M3FMForImageClassification, M3FMForReportGeneration, M3FMModel
+from .pipeline_m3fm import M3FMReportPipeline
+from .processing_m3fm import M3FMProcessor
+
+__version__ = "0.1.0"
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "m3fm-small"
+"""Folder of the checkpoint that ships with the package; `pipeline("m3fm-report")` uses it when given no model."""
+
+
+def _register() -> None:
+    AutoConfig.register("m3fm", M3FMConfig, exist_ok=True)
+    AutoModel.register(M3FMConfig, M3FMModel, exist_ok=True)
+    AutoModelForZeroShotImageClassification.register(M3FMConfig, M3FMModel, exist_ok=True)
+    AutoModelForImageTextToText.register(M3FMConfig, M3FMForReportGeneration, exist_ok=True)
+    AutoModelForImageClassification.register(M3FMConfig, M3FMForImageClassification, exist_ok=True)
+    AutoImageProcessor.register(M3FMConfig, image_processor_classes={"pil": M3FMImageProcessor}, exist_ok=True)
+    AutoProcessor.register(M3FMConfig, M3FMProcessor, exist_ok=True)
+    if M3FMReportPipeline.task not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(
+            M3FMReportPipeline.task,
+            pipeline_class=M3FMReportPipeline,
+            pt_model=AutoModelForImageTextToText,
+            default={"model": (str(DEFAULT_CHECKPOINT), None)},
+            type="multimodal",
+        )
+
+
+_register()
+
+__all__ = [
+    "DEFAULT_CHECKPOINT",
+    "M3FMConfig",
+    "M3FMForImageClassification",
+    "M3FMForReportGeneration",
+    "M3FMImageProcessor",
+    "M3FMModel",
+    "M3FMProcessor",
+    "M3FMReportPipeline",
+    "__version__",
+]

@@ -1,0 +1,147 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of M3FM: two towers, a decoder, and how the gap between images and text is crossed."""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+# What transformers itself passes to or stores in any configuration, next to the declared fields.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "model_type",
+        "num_labels",
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "torch_dtype",
+        "auto_map",
+        "custom_pipelines",
+        "use_cache",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_attn_implementation_autoset",
+        "_experts_implementation_internal",
+        "experts_implementation",
+        "output_attentions",
+    }
+)
+
+
+@strict
+class M3FMConfig(PreTrainedConfig):
+    """Describes an M3FM checkpoint (Liu et al., npj Digital Medicine 8:86, 2025).
+
+    The three sub-configs accept any architecture that transformers knows, by `model_type`: a ViT-like tower, a text
+    encoder, a causal language model. Unknown and contradictory values are refused.
+
+    Args:
+        vision_config: Image tower of MultiMedCLIP; default DINOv2.
+        text_encoder_config: Bilingual text tower of MultiMedCLIP; default BERT.
+        text_config: Decoder of MultiMedLM; default Llama. It has this name because `generate` sizes its caches by it.
+        projection_dim: Width D of the shared space.
+        num_pooling_queries: Learned queries that pool the tokens of all images of a study.
+        projection_hidden_size: Width of the hidden layer between the pooled study and the shared space.
+        num_prefix_tokens: Decoder positions P that one shared-space embedding is unfolded into.
+        image_token_id: Placeholder id of those positions.
+        language_token_ids: Language code to the token that asks the decoder for it; its order is that of the memory.
+        logit_scale_init_value: Initial value of the log temperature; CLIP's ln(1 / 0.07).
+        support_memory_size: Embeddings M of training reports kept per language; 0 keeps none, and image embeddings
+            then reach the decoder as they are.
+        support_temperature: Temperature of the softmax over the memory (DeCap 2023, section 3.3).
+        text_noise_std: Standard deviation of the noise added to a unit-norm text embedding while the decoder is
+            trained (CapDec 2022, section 3), per vector: its expected norm, not that of one coordinate.
+        classifier_features: What the diagnosis head reads: the image, its generated report, or both.
+        projection_dropout: Dropout before the projections, in training.
+
+    Raises:
+        ValueError: If a name is unknown or values contradict each other.
+
+    Example:
+
+    ```python
+    >>> from m3fm import M3FMConfig
+    >>> M3FMConfig(text_config={"model_type": "qwen3", "vocab_size": 8000}).text_config.model_type
+    'qwen3'
+    ```
+    """
+
+    model_type = "m3fm"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2"),
+        "text_encoder_config": SubConfigSpec(AutoConfig, model_type="bert"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_encoder_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    num_pooling_queries: int = 8
+    projection_hidden_size: int = 512
+    num_prefix_tokens: int = 4
+    image_token_id: int = 4
+    language_token_ids: dict[str, int] | None = None
+    logit_scale_init_value: float = 2.6592
+    support_memory_size: int = 1024
+    support_temperature: float = 0.02
+    text_noise_std: float = 0.3
+    classifier_features: Literal["image", "report", "fused"] = "image"
+    projection_dropout: float = 0.1
+
+    def __post_init__(self, **kwargs: Any):
+        self._refuse_unknown(kwargs)
+        if self.language_token_ids is None:
+            self.language_token_ids = {"en": 5, "zh": 6}
+        super().__post_init__(**kwargs)
+        self._refuse_contradictions()
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes of the languages that the checkpoint writes, in the order of its support memory."""
+        return tuple(self.language_token_ids)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
+        if not unknown:
+            return
+        known = sorted(field.name for field in fields(self))
+        hints = [f"{name!r}" + _did_you_mean(name, known) for name in unknown]
+        raise ValueError(f"M3FMConfig got unknown values: {', '.join(hints)}. It takes: {', '.join(known)}.")
+
+    def _refuse_contradictions(self) -> None:
+        for name in ("projection_dim", "num_pooling_queries", "projection_hidden_size", "num_prefix_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"M3FMConfig expected {name} >= 1, got {getattr(self, name)}.")
+        for name, low in (("support_memory_size", 0), ("text_noise_std", 0.0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"M3FMConfig expected {name} >= {low}, got {getattr(self, name)}.")
+        if self.support_temperature <= 0:
+            raise ValueError(f"M3FMConfig expected support_temperature > 0, got {self.support_temperature}.")
+        if not 0 <= self.projection_dropout < 1:
+            raise ValueError(f"M3FMConfig expected 0 <= projection_dropout < 1, got {self.projection_dropout}.")
+        if not self.language_token_ids:
+            raise ValueError("M3FMConfig expected language_token_ids with at least one language, got none.")
+        prompt_ids = [self.image_token_id, *self.language_token_ids.values()]
+        if len(set(prompt_ids)) < len(prompt_ids):
+            raise ValueError(
+                f"M3FMConfig expected distinct ids, got image_token_id={self.image_token_id} and "
+                f"language_token_ids={self.language_token_ids}."
+            )
+        vocab_size = getattr(self.text_config, "vocab_size", None)
+        if vocab_size is not None and not all(0 <= token_id < vocab_size for token_id in prompt_ids):
+            raise ValueError(
+                f"M3FMConfig expected prompt ids inside the decoder's vocabulary of {vocab_size}, got {prompt_ids}."
+            )
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+__all__ = ["M3FMConfig"]

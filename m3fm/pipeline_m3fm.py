@@ -1,0 +1,151 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The `m3fm-report` pipeline: chest images in, reports in the languages asked for out. For research use only."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+from .imaging_m3fm import ChestImage, read_image
+
+BOTH = "both"
+
+
+class M3FMReportPipeline(Pipeline):
+    """Writes reports for chest X-rays and CT.
+
+    An input is a path (PNG, JPEG, TIFF, DICOM, NIfTI), a PIL image, an array, or a list of those for a study of
+    several images. The result is a dict a study: `modality` as far as the file tells it, and `report_en`, `report_zh`
+    for the languages asked for, the names that the data schema has.
+
+    Example:
+    ```python
+    >>> import m3fm
+    >>> from transformers import pipeline
+    >>> write = pipeline("m3fm-report")
+    >>> write("chest.dcm", language="zh")["report_zh"]
+    >>> write(["a.png", ["frontal.png", "lateral.png"]], language=["en", "both"], batch_size=2)
+    ```
+    """
+
+    task = "m3fm-report"
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(
+        self,
+        images: Any,
+        language: str | Sequence[str] = "en",
+        batch_size: int = 1,
+        on_error: str = "raise",
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
+        """Writes the reports of one study, of a list of studies, or of a stream of them.
+
+        Args:
+            images: One study, a list of studies (each an image or a list of images), or an iterator or dataset of them.
+            language: A code of the checkpoint, "both" for all of them, or one of these for each study of a list.
+            batch_size: Studies that go through the model at once.
+            on_error: "raise" on the first unreadable study, or "row": its place in the results takes
+                `{"error": reason}` and the others are reported.
+            generate_kwargs: Passed to `generate`: `num_beams`, `max_new_tokens`, ...
+
+        Returns:
+            A dict for one study, a list of dicts for a list, an iterator of dicts for a stream.
+
+        Raises:
+            ValueError: If a study cannot be read, or a language is not the checkpoint's.
+        """
+        if on_error not in ("raise", "row"):
+            raise ValueError(f"Expected on_error to be 'raise' or 'row', got {on_error!r}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Expected batch_size to be a whole number >= 1, got {batch_size!r}.")
+        is_list = isinstance(images, (list, tuple))
+        is_stream = not is_list and (isinstance(images, Iterator) or isinstance(images, torch.utils.data.Dataset))
+        studies: Iterable[Any] = images if is_list or is_stream else [images]
+        languages = self._languages(language, len(images) if is_list else None)
+        rows = self._stream(zip(studies, languages, strict=False), batch_size, on_error, generate_kwargs or {})
+        if is_stream:
+            return rows
+        return list(rows) if is_list else next(rows)
+
+    def _languages(self, language: str | Sequence[str], count: int | None) -> Iterable[tuple[str, ...]]:
+        """Yields the languages of each study, as codes of the checkpoint."""
+        known = self.model.config.languages
+        asked = [language] if isinstance(language, str) else list(language)
+        unknown = sorted({str(code) for code in asked} - {*known, BOTH})
+        if unknown:
+            raise ValueError(f"Unsupported language {unknown}: expected one of {[*known, BOTH]}.")
+        if not isinstance(language, str) and len(asked) != count:
+            raise ValueError(f"Expected one language or {count} of them, got {len(asked)}.")
+        codes = [known if code == BOTH else (code,) for code in asked]
+        return codes if not isinstance(language, str) else _repeat(codes[0])
+
+    def _stream(
+        self, items: Iterator[tuple[Any, tuple[str, ...]]], batch_size: int, on_error: str, generate_kwargs: dict
+    ) -> Iterator[dict[str, Any]]:
+        while chunk := list(islice(items, batch_size)):
+            rows: list[dict[str, Any] | None] = []
+            readable = []
+            for images, languages in chunk:
+                try:
+                    readable.append((_read_study(images), languages))
+                    rows.append(None)
+                except (ValueError, OSError) as error:
+                    if on_error == "raise":
+                        raise
+                    rows.append({"error": str(error)})
+            written = iter(self.run_single(readable, {}, {"generate_kwargs": generate_kwargs}, {}) if readable else [])
+            yield from (row if row is not None else next(written) for row in rows)
+
+    def _sanitize_parameters(self, **unknown: Any) -> tuple[dict, dict, dict]:
+        if unknown:
+            raise ValueError(f"{self.task} got unknown arguments {sorted(unknown)}.")
+        return {}, {}, {}
+
+    def preprocess(self, studies: list[tuple[list[ChestImage], tuple[str, ...]]]) -> dict[str, Any]:
+        """Turns read studies into tensors, and one row to write for each study and language."""
+        inputs = self.processor(images=[images for images, _ in studies], return_tensors="pt")
+        rows = [(index, language) for index, (_, languages) in enumerate(studies) for language in languages]
+        modalities = [images[0].modality for images, _ in studies]
+        return {**inputs, "rows": rows, "modalities": modalities}
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        tokens = self.model.model.get_vision_features(model_inputs["pixel_values"].to(self.model.dtype))
+        studies = torch.tensor([index for index, _ in model_inputs["rows"]], device=tokens.device)
+        # An image is encoded once, however many languages its report is written in.
+        sequences = self.model.generate(
+            vision_features=tokens[studies],
+            image_mask=model_inputs["image_mask"][studies],
+            language=[language for _, language in model_inputs["rows"]],
+            **generate_kwargs,
+        )
+        return {"sequences": sequences, "rows": model_inputs["rows"], "modalities": model_inputs["modalities"]}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Decodes the written rows into one dict a study."""
+        texts = self.processor.batch_decode(model_outputs["sequences"], skip_special_tokens=True)
+        results: list[dict[str, Any]] = [{"modality": modality} for modality in model_outputs["modalities"]]
+        for (index, language), text in zip(model_outputs["rows"], texts, strict=True):
+            results[index][f"report_{language}"] = text.strip()
+        return results
+
+
+def _repeat(value: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    while True:
+        yield value
+
+
+def _read_study(images: Any) -> list[ChestImage]:
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("Expected a study of at least one image, got an empty list.")
+        return [read_image(image) for image in images]
+    return [read_image(images)]
+
+
+__all__ = ["M3FMReportPipeline"]

@@ -1,0 +1,363 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Stage 1: MultiMedCLIP. Chest images, English and Chinese meet in one space, English being the pivot.
+
+What one example brings to a batch depends on what its set has: an image and its report, an image and its labels, a
+report in two languages. All of them share one batch and one loss (`losses.soft_contrastive_loss`).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from ..configuration_m3fm import M3FMConfig
+from ..data import ParallelPair, Study, finding_sentence, finding_table, label_vector, load_parallel, load_studies
+from ..evaluation.retrieval import retrieval_recall, same_text
+from ..image_processing_m3fm import M3FMImageProcessor
+from ..modeling_m3fm import M3FMModel
+from ..processing_m3fm import M3FMProcessor
+from .features import FeatureCache
+from .losses import Items, soft_contrastive_loss, soft_targets
+from .runs import finish_run, latest_checkpoint
+
+MODALITIES = ("cxr", "ct")
+
+
+@dataclass
+class AlignRecipe:
+    """What stage 1 is made of.
+
+    Args:
+        data_root: Folder that holds the sets.
+        image_sets: Sets with images, and how often each is repeated in an epoch.
+        text_sets: Sets with reports and labels but no images, and their repeats.
+        parallel_sets: Sets whose studies get their translation from parallel text; their `text_sets` entry counts.
+        exclude: Ids of studies that are left out.
+        vision_model: Pretrained image tower, a folder or a hub name.
+        tokenizer: Folder of the bilingual tokenizer.
+        model: Values of `M3FMConfig`, sub-configs included.
+        processor: Settings of `M3FMImageProcessor`.
+        freeze_vision: Whether the image tower stays as it is; its tokens are then computed once.
+        feature_cache: Folder for those tokens.
+        max_text_length: Tokens of a text that are read.
+        translation_weight: Weight of the loss between languages.
+    """
+
+    data_root: str = "../shared/data"
+    image_sets: dict[str, int] = field(default_factory=dict)
+    text_sets: dict[str, int] = field(default_factory=dict)
+    parallel_sets: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    vision_model: str = "facebook/dinov2-small"
+    tokenizer: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+    freeze_vision: bool = True
+    feature_cache: str = "runs/features"
+    max_text_length: int = 128
+    translation_weight: float = 1.0
+
+
+class StudyDataset(Dataset):
+    """Serves studies as they are; the collator decides what becomes of them."""
+
+    def __init__(self, studies: list[Study]):
+        self.studies = studies
+
+    def __len__(self) -> int:
+        return len(self.studies)
+
+    def __getitem__(self, index: int) -> Study:
+        return self.studies[index]
+
+
+class AlignCollator:
+    """Turns studies into images, texts and what the targets need to know of them.
+
+    A study without a report gets a sentence made of its labels in every language, anew each time it is drawn.
+    """
+
+    def __init__(self, processor: M3FMProcessor, languages: tuple[str, ...], recipe: AlignRecipe, cache: FeatureCache):
+        self.processor = processor
+        self.languages = languages
+        self.max_length = recipe.max_text_length
+        self.cache = cache if recipe.freeze_vision else None
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, studies: list[Study]) -> dict[str, Any]:
+        """Collates `studies` into the inputs of `AlignTrainer`."""
+        texts = [self._texts(study) for study in studies]
+        rows = [(i, language, text) for i, by_language in enumerate(texts) for language, text in by_language.items()]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in rows))}
+        tokens = self.processor.tokenizer(
+            [text for _, _, text in rows],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        findings = [label_vector(study.findings) for study in studies]
+        batch = {
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "text_study": torch.tensor([i for i, _, _ in rows]),
+            "text_number": torch.tensor([numbers[text] for _, _, text in rows]),
+            "text_language": torch.tensor([self.languages.index(language) for _, language, _ in rows]),
+            "image_study": torch.tensor([i for i, study in enumerate(studies) if study.images]),
+            "modality": torch.tensor([MODALITIES.index(study.modality) for study in studies]),
+            "values": torch.tensor(np.stack([values for values, _ in findings])),
+            "known": torch.tensor(np.stack([known for _, known in findings])),
+            "has_report": torch.tensor([bool(study.reports) for study in studies]),
+        }
+        return batch | self._images([study for study in studies if study.images])
+
+    def _texts(self, study: Study) -> dict[str, str]:
+        if study.reports:
+            return {language: study.reports[language] for language in self.languages if language in study.reports}
+        # The same seed gives the same choice of phrases in every language: the sentences are translations.
+        seed = int(self.rng.integers(2**31))
+        if study.findings is None:
+            return {}
+        return {
+            language: finding_sentence(study.findings, language, np.random.default_rng(seed))
+            for language in self.languages
+        }
+
+    def _images(self, studies: list[Study]) -> dict[str, torch.Tensor]:
+        if not studies:
+            return {}
+        if self.cache is None:
+            return dict(self.processor.image_processor([list(s.images) for s in studies], return_tensors="pt"))
+        tokens = [self.cache.get(study) for study in studies]
+        longest = max(len(each) for each in tokens)
+        features = np.zeros((len(tokens), longest, *tokens[0].shape[1:]), dtype=np.float16)  # (I, N, S, C)
+        mask = np.zeros((len(tokens), longest), dtype=bool)
+        for row, each in enumerate(tokens):
+            features[row, : len(each)], mask[row, : len(each)] = each, True
+        return {"vision_features": torch.from_numpy(features).float(), "image_mask": torch.from_numpy(mask)}
+
+
+class AlignTrainer(Trainer):
+    """`Trainer` with the contrastive loss of stage 1, and retrieval and zero-shot scores as its evaluation."""
+
+    def __init__(self, *args: Any, recipe: AlignRecipe, validation: "AlignValidation", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.recipe = recipe
+        self.validation = validation
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Computes image-English, image-Chinese and English-Chinese alignment of one mixed batch."""
+        names = ("vision_features", "pixel_values", "image_mask", "input_ids", "attention_mask")
+        outputs = model(**{name: inputs[name] for name in names if name in inputs})
+        texts = _text_items(inputs)
+        losses = []
+        scale = self.accelerator.unwrap_model(model).logit_scale.exp()
+        sides = [inputs["text_language"] == language for language in range(len(self.validation.languages))]
+        if outputs.image_embeds is not None:
+            images = _image_items(inputs)
+            for side in sides:
+                if side.any():
+                    targets = soft_targets(images, texts.select(side))
+                    losses.append(soft_contrastive_loss(outputs.logits_per_image[:, side], *targets))
+        pivot = sides[0]
+        for side in sides[1:]:
+            if side.any() and pivot.any():
+                logits = scale * outputs.text_embeds[pivot] @ outputs.text_embeds[side].t()
+                targets = soft_targets(texts.select(pivot), texts.select(side))
+                losses.append(self.recipe.translation_weight * soft_contrastive_loss(logits, *targets))
+        loss = torch.stack(losses).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Takes a step with CLIP's ceiling of 100 on the inverse temperature."""
+        with torch.no_grad():
+            self.accelerator.unwrap_model(model).logit_scale.clamp_(max=float(np.log(100)))
+        return super().training_step(model, *args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Scores the validation studies; the losses of mixed batches would say little."""
+        scores = self.validation.score(self.accelerator.unwrap_model(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _text_items(inputs: dict[str, torch.Tensor]) -> Items:
+    rows = inputs["text_study"]
+    columns = (inputs[name][rows] for name in ("modality", "values", "known", "has_report"))
+    return Items(rows, inputs["text_number"], *columns)
+
+
+def _image_items(inputs: dict[str, torch.Tensor]) -> Items:
+    rows = inputs["image_study"]
+    columns = (inputs[name][rows] for name in ("modality", "values", "known", "has_report"))
+    return Items(rows, torch.full_like(rows, -1), *columns)
+
+
+class AlignValidation:
+    """Scores MultiMedCLIP on validation studies: image-to-report and cross-lingual retrieval, zero-shot diagnosis."""
+
+    # A label is scored where it has at least this many studies on either side.
+    minimum = 5
+
+    def __init__(self, studies: list[Study], pairs: list[ParallelPair], collator: AlignCollator):
+        self.studies = [study for study in studies if study.images]
+        self.pairs = pairs
+        self.collator = collator
+        self.languages = collator.languages
+
+    @torch.inference_mode()
+    def score(self, model: M3FMModel) -> dict[str, float]:
+        """Returns recalls (`r10_image_en`, ...), `r1_en_zh`, and AUROCs per set and on average."""
+        model.eval()
+        embeds = self._image_embeds(model)
+        scores = self._retrieval(model, embeds)
+        scores |= self._zero_shot(model, embeds)
+        texts = [self._embed(model, [pair.texts[language] for pair in self.pairs]) for language in self.languages]
+        if self.pairs and len(texts) > 1:
+            recalls = retrieval_recall(texts[0], texts[1], ks=(1,))
+            scores["r1_en_zh"] = recalls["forward"]["recall@1"]
+        return scores
+
+    def _image_embeds(self, model: M3FMModel) -> np.ndarray:
+        chunks = []
+        for start in range(0, len(self.studies), 64):
+            images = self.collator._images(self.studies[start : start + 64])
+            images = {name: value.to(model.device) for name, value in images.items()}
+            chunks.append(model.get_image_features(**images).float().cpu().numpy())
+        return np.concatenate(chunks)
+
+    def _embed(self, model: M3FMModel, texts: list[str]) -> np.ndarray:
+        chunks = []
+        for start in range(0, len(texts), 64):
+            tokens = self.collator.processor.tokenizer(
+                texts[start : start + 64],
+                padding=True,
+                truncation=True,
+                max_length=self.collator.max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            chunks.append(model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu().numpy())
+        return np.concatenate(chunks)
+
+    def _retrieval(self, model: M3FMModel, embeds: np.ndarray) -> dict[str, float]:
+        # Where every report exists in all languages: elsewhere short notes would make the gallery easy.
+        rows = [i for i, study in enumerate(self.studies) if len(study.reports) == len(self.languages)]
+        scores = {}
+        for language in self.languages if rows else ():
+            texts = [self.studies[i].reports[language] for i in rows]
+            recalls = retrieval_recall(embeds[rows], self._embed(model, texts), ks=(1, 10), positives=same_text(texts))
+            scores[f"r10_image_{language}"] = recalls["forward"]["recall@10"]
+        return scores
+
+    def _zero_shot(self, model: M3FMModel, embeds: np.ndarray) -> dict[str, float]:
+        from sklearn.metrics import roc_auc_score
+
+        table = finding_table()
+        scores = {}
+        for source in sorted({study.source for study in self.studies}):
+            rows = [i for i, study in enumerate(self.studies) if study.source == source]
+            areas = []
+            for name, finding in table.items():
+                known = [i for i in rows if name in (self.studies[i].findings or {})]
+                truth = np.array([self.studies[i].findings[name] for i in known])
+                if min(truth.sum(), (1 - truth).sum(), len(truth)) < self.minimum:
+                    continue
+                margin = np.zeros(len(known))
+                for language in self.languages:
+                    present = self._embed(model, list(finding.present[language])).mean(axis=0)
+                    absent = self._embed(model, list(finding.absent[language])).mean(axis=0)
+                    margin += embeds[known] @ (present - absent)
+                areas.append(roc_auc_score(truth, margin))
+            if areas:
+                scores[f"auroc_{source}"] = float(np.mean(areas))
+        scores["auroc"] = float(np.mean(list(scores.values()))) if scores else float("nan")
+        return scores
+
+
+def load_training_studies(recipe: AlignRecipe) -> tuple[list[Study], list[Study], list[ParallelPair]]:
+    """Returns the training studies (repeated as the recipe says), the validation studies and the held-apart pairs."""
+    root = Path(recipe.data_root)
+    train, validation, held_apart = [], [], []
+    for name, repeats in {**recipe.image_sets, **recipe.text_sets}.items():
+        studies = load_studies(root / name)
+        if name in recipe.parallel_sets:
+            studies, pairs = _with_translations(studies, load_parallel(root / name))
+            held_apart += pairs
+        usable = [s for s in studies if (s.reports or s.findings) and s.study_id not in recipe.exclude]
+        validation += [study for study in usable if study.split == "validation"]
+        train += [study for study in usable if study.split != "validation"] * repeats
+    return train, validation, held_apart
+
+
+def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple[list[Study], list[ParallelPair]]:
+    """Adds studies for the parallel texts of training studies; returns the pairs of validation studies apart."""
+    by_id = {study.study_id: study for study in studies}
+    added = []
+    for number, pair in enumerate(pairs):
+        study = by_id.get(pair.study_id)
+        if pair.split == "validation" or study is None:
+            continue
+        added.append(
+            Study(
+                study_id=f"{pair.study_id}#{number}",
+                source=study.source,
+                modality=study.modality,
+                images=(),
+                patient_id=study.patient_id,
+                reports=pair.texts,
+                findings=study.findings,
+                split=study.split,
+                grouped_key=study.grouped_key,
+            )
+        )
+    return studies + added, [pair for pair in pairs if pair.split == "validation"]
+
+
+def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
+    """Builds MultiMedCLIP on the pretrained image tower, the text side new."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    processor = M3FMProcessor(M3FMImageProcessor(**recipe.processor), tokenizer)
+    vision_config = AutoConfig.from_pretrained(recipe.vision_model)
+    model = M3FMModel(M3FMConfig(vision_config=vision_config, **recipe.model))
+    model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32)
+    model.vision_model.requires_grad_(not recipe.freeze_vision)
+    return model, processor
+
+
+def run(recipe: AlignRecipe, arguments: TrainingArguments) -> dict[str, Any]:
+    """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves."""
+    set_seed(arguments.seed)
+    arguments.remove_unused_columns = False
+    model, processor = build_model(recipe)
+    train, validation_studies, pairs = load_training_studies(recipe)
+    cache = FeatureCache(Path(recipe.feature_cache), model.vision_model, processor.image_processor)
+    if recipe.freeze_vision:
+        cache.fill(train + validation_studies)
+    collator = AlignCollator(processor, model.config.languages, recipe, cache)
+    validation = AlignValidation(validation_studies, pairs, collator)
+    trainer = AlignTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=StudyDataset(train),
+        eval_dataset=StudyDataset(validation_studies),
+        data_collator=collator,
+        processing_class=processor,
+        recipe=recipe,
+        validation=validation,
+    )
+    trainer.train(resume_from_checkpoint=latest_checkpoint(arguments.output_dir))
+    facts = {
+        "stage": "align",
+        "vision": "frozen, tokens cached" if recipe.freeze_vision else "trained",
+        "train_studies": len({(study.source, study.study_id) for study in train}),
+        "validation_studies": len(validation_studies),
+    }
+    return finish_run(trainer, recipe, facts)

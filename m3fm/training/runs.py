@@ -1,0 +1,143 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Recipes from YAML to a run, and what every run leaves behind: model, facts, history, curves."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Names the code behind the `recipe:` of a YAML file: its module, its dataclass, and whether it has a Trainer."""
+
+    module: str
+    dataclass: str
+    trains: bool
+
+
+KINDS = {
+    "tokenizer": Kind(".tokenizer", "TokenizerRecipe", trains=False),
+    "align": Kind(".align", "AlignRecipe", trains=True),
+    "write": Kind(".write", "WriteRecipe", trains=True),
+}
+
+
+def find_recipe(name: str) -> Path:
+    """Finds a recipe by path, or by name among those that ship with the package.
+
+    Raises:
+        ValueError: If there is none, with the names that ship.
+    """
+    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"No recipe {name!r}: expected a YAML file, or one of {shipped}.")
+
+
+def run_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs a recipe.
+
+    Args:
+        path: YAML file whose `recipe:` is one of `KINDS`; the rest are fields of that recipe's dataclass, and of
+            `transformers.TrainingArguments` where it trains.
+        overrides: `--name value` pairs that replace fields; values are read as YAML.
+
+    Returns:
+        The facts of the run, as written to `run.json`.
+
+    Raises:
+        ValueError: If the file is not such a recipe, or a field is unknown.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or values.get("recipe") not in KINDS:
+        kind = values.get("recipe") if isinstance(values, dict) else values
+        raise ValueError(f"{path}: expected `recipe:` to be one of {sorted(KINDS)}, got {kind!r}.")
+    kind = KINDS[values.pop("recipe")]
+    values.update(_parse_overrides(overrides))
+    module = import_module(kind.module, __package__)
+    recipe_class = getattr(module, kind.dataclass)
+    classes = (recipe_class, TrainingArguments) if kind.trains else (recipe_class,)
+    try:
+        parsed = HfArgumentParser(classes).parse_dict(values, allow_extra_keys=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return module.run(*parsed)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    names, texts = overrides[::2], overrides[1::2]
+    if len(names) != len(texts) or not all(name.startswith("--") for name in names):
+        raise ValueError(f"Expected `--name value` pairs after the recipe, got {' '.join(overrides)!r}.")
+    return {name[2:]: yaml.safe_load(text) for name, text in zip(names, texts, strict=True)}
+
+
+def latest_checkpoint(output_dir: str) -> str | None:
+    """Returns the last checkpoint of an interrupted run, or None."""
+    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def finish_run(
+    trainer: Trainer, recipe: Any, facts: dict[str, Any], save: Callable[[Path], None] | None = None
+) -> dict[str, Any]:
+    """Saves the model with its processor, the history, the curves and the facts of a run into its output folder.
+
+    Args:
+        trainer: A trainer that has trained.
+        recipe: The recipe's dataclass.
+        facts: What is to be said about the run beyond its recipe.
+        save: Saves the model; default `trainer.save_model`.
+
+    Returns:
+        `facts` with the recipe, the arguments that matter and the last validation scores.
+    """
+    folder = Path(trainer.args.output_dir)
+    (save or (lambda path: trainer.save_model(str(path))))(folder)
+    history = trainer.state.log_history
+    (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
+    plot_curves(history, folder / "curves.png")
+    arguments = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "bf16", "weight_decay")
+    scores = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
+    facts = {
+        **facts,
+        "steps": trainer.state.global_step,
+        "device": str(trainer.args.device),
+        "recipe": asdict(recipe),
+        "arguments": {name: getattr(trainer.args, name) for name in arguments},
+        "validation": {key: value for key, value in scores.items() if key.startswith("eval_")},
+    }
+    (folder / "run.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    return facts
+
+
+def plot_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draws the training loss, and every validation score, over the steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Curves need matplotlib: pip install 'm3fm[train]'.") from error
+    names = sorted({key for entry in history for key in entry if key.startswith("eval_")})
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*zip(*losses, strict=True) if losses else ([], []), color="black")
+    left.set(title="training loss", xlabel="step")
+    for name in names:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        right.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("eval_"))
+    right.set(title="validation", xlabel="step")
+    if names:
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=120)

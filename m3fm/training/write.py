@@ -1,0 +1,367 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Stage 2: MultiMedLM. A decoder learns to write from text alone, in every language, and to translate on the way.
+
+A text is embedded by the frozen text encoder, moved by noise, and written again, in its own language or in that of its
+translation (M3FM 2025; ZeroNLG 2024 for the two stages, CapDec 2022 for the noise). No image is needed. Where a recipe
+names `supervised_sets`, image-report pairs are trained on besides, through the same support memory that inference
+uses: what comes out is then no longer a zero-shot writer, and its facts say so.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+from ..data import Study, load_parallel, load_studies
+from ..evaluation.text_metrics import distinct_ratio, score_reports
+from ..layers_m3fm import add_noise
+from ..modeling_m3fm import M3FMForReportGeneration, M3FMModel
+from ..processing_m3fm import M3FMProcessor
+from .features import FeatureCache
+from .runs import finish_run, latest_checkpoint
+
+
+@dataclass
+class WriteRecipe:
+    """What stage 2 is made of.
+
+    Args:
+        data_root: Folder that holds the sets.
+        base: Folder of stage 1, or of an earlier stage 2 to go on from.
+        text_sets: Sets whose reports are learned, and how often each is repeated in an epoch.
+        parallel_sets: Sets of `text_sets` that bring parallel text.
+        supervised_sets: Sets whose images are trained on too, and their repeats; empty for text alone.
+        exclude: Ids of studies that are left out.
+        validation_set: Set whose validation images are written and scored during the run.
+        model: Values of `M3FMConfig` that differ from the base's.
+        cross_lingual: Share of examples that are written from their translation, where there is one.
+        max_text_length: Tokens of a report; longer ones are cut at the last sentence that fits.
+        memory_sets: Sets that the support memory is drawn from, in equal shares.
+        feature_cache: Folder for the tokens of the frozen image tower.
+    """
+
+    data_root: str = "../shared/data"
+    base: str = ""
+    text_sets: dict[str, int] = field(default_factory=dict)
+    parallel_sets: list[str] = field(default_factory=list)
+    supervised_sets: dict[str, int] = field(default_factory=dict)
+    exclude: list[str] = field(default_factory=list)
+    validation_set: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    cross_lingual: float = 0.5
+    max_text_length: int = 160
+    memory_sets: list[str] = field(default_factory=list)
+    feature_cache: str = "runs/features"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One text to be written: its language, and the rows of the embeddings it may be written from."""
+
+    text: str
+    language: str
+    own_row: int
+    other_rows: tuple[int, ...]
+
+
+class TextBank:
+    """Every training text once, with its embedding by the frozen text encoder.
+
+    Attributes:
+        passages: What is to be written.
+        embeds: (R, D), unit norm, a row for each distinct text.
+        rows_of: Set name to the rows of its texts, per language: where the support memory is drawn from.
+    """
+
+    def __init__(self, groups: list[tuple[str, dict[str, str]]], languages: tuple[str, ...]):
+        self.texts: list[str] = []
+        self.passages: list[Passage] = []
+        self.rows_of: dict[tuple[str, str], list[int]] = {}
+        self.embeds = torch.empty(0)
+        numbers: dict[str, int] = {}
+        for source, reports in groups:
+            rows = {}
+            for language in languages:
+                if language in reports:
+                    text = reports[language]
+                    rows[language] = numbers.setdefault(text, len(numbers))
+                    if rows[language] == len(self.texts):
+                        self.texts.append(text)
+                        self.rows_of.setdefault((source, language), []).append(rows[language])
+            for language, row in rows.items():
+                others = tuple(other for code, other in rows.items() if code != language)
+                self.passages.append(Passage(reports[language], language, row, others))
+
+    @torch.inference_mode()
+    def embed(self, model: M3FMModel, processor: M3FMProcessor, batch_size: int = 64) -> None:
+        """Embeds every text once: the encoder is frozen, so nothing is gained by doing it at every step."""
+        model.eval()
+        chunks = []
+        for start in range(0, len(self.texts), batch_size):
+            tokens = processor(text=self.texts[start : start + batch_size], return_tensors="pt").to(model.device)
+            chunks.append(model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu())
+        self.embeds = torch.cat(chunks)
+
+    def support_memory(self, languages: tuple[str, ...], sets: list[str], size: int, seed: int) -> torch.Tensor:
+        """Draws (languages, M, D): `size` embeddings a language, an equal share of each set, without repeats."""
+        generator = np.random.default_rng(seed)
+        memory = []
+        for language in languages:
+            pools = [self.rows_of.get((name, language), []) for name in sets]
+            shares = _equal_shares([len(pool) for pool in pools], size)
+            rows = [
+                row
+                for pool, share in zip(pools, shares, strict=True)
+                for row in generator.permutation(pool)[:share].tolist()
+            ]
+            memory.append(self.embeds[rows])
+        return torch.stack(memory)
+
+
+def _equal_shares(available: list[int], size: int) -> list[int]:
+    """Splits `size` evenly over pools; what a small pool cannot give the others do."""
+    shares = [0] * len(available)
+    for rank, pool in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
+        shares[pool] = min(available[pool], (size - sum(shares)) // (len(available) - rank))
+    if sum(shares) < size:
+        raise ValueError(f"Expected {size} texts a language for the support memory, the sets have {sum(available)}.")
+    return shares
+
+
+class WriteDataset(Dataset):
+    """Serves passages and, behind them, image-report pairs."""
+
+    def __init__(self, passages: list[Passage], pairs: list[tuple[Study, str]]):
+        self.passages = passages
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.passages) + len(self.pairs)
+
+    def __getitem__(self, index: int) -> Passage | tuple[Study, str]:
+        return self.passages[index] if index < len(self.passages) else self.pairs[index - len(self.passages)]
+
+
+class WriteCollator:
+    """Turns passages and pairs into decoder inputs: prompt, report, end; the loss is on report and end alone."""
+
+    def __init__(
+        self,
+        model: M3FMForReportGeneration,
+        processor: M3FMProcessor,
+        bank: TextBank,
+        recipe: WriteRecipe,
+        cache: FeatureCache,
+    ):
+        self.build_prompt = model.build_prompt
+        self.tokenizer = processor.tokenizer
+        self.bank = bank
+        self.cross_lingual = recipe.cross_lingual
+        self.max_length = recipe.max_text_length
+        self.cache = cache
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, items: list[Passage | tuple[Study, str]]) -> dict[str, Any]:
+        """Collates into {"text": ..., "image": ...}, either of which may be missing."""
+        passages = [item for item in items if isinstance(item, Passage)]
+        pairs = [item for item in items if not isinstance(item, Passage)]
+        batch = {}
+        if passages:
+            inputs = self.decoder_inputs([item.text for item in passages], [item.language for item in passages])
+            batch["text"] = inputs | {"shared_embeds": self.bank.embeds[[self._source_row(item) for item in passages]]}
+        if pairs:
+            inputs = self.decoder_inputs([s.reports[language] for s, language in pairs], [code for _, code in pairs])
+            batch["image"] = inputs | self.images([study for study, _ in pairs])
+        return batch
+
+    def images(self, studies: list[Study]) -> dict[str, torch.Tensor]:
+        """Stacks the cached tokens of studies of one image each: (B, 1, S, C)."""
+        return {"vision_features": torch.from_numpy(np.stack([self.cache.get(study) for study in studies])).float()}
+
+    def decoder_inputs(self, texts: list[str], languages: list[str]) -> dict[str, torch.Tensor]:
+        """Builds `input_ids`, `attention_mask` and `labels` (B, T), padded on the right."""
+        prompts = self.build_prompt(languages).cpu()  # (B, P + 1)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        bodies = [self._encode(text) + [end] for text in texts]
+        longest = max(map(len, bodies))
+        ids = torch.tensor([body + [pad] * (longest - len(body)) for body in bodies])
+        real = torch.tensor([[1] * len(body) + [0] * (longest - len(body)) for body in bodies])
+        return {
+            "input_ids": torch.cat([prompts, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(prompts), real], dim=1),
+            "labels": torch.cat([torch.full_like(prompts, -100), ids.masked_fill(real == 0, -100)], dim=1),
+        }
+
+    def _encode(self, text: str) -> list[int]:
+        """Encodes a report; one that is too long ends with its last whole sentence."""
+        ids = self.tokenizer(text)["input_ids"]
+        if len(ids) < self.max_length:
+            return ids
+        kept = self.tokenizer.decode(ids[: self.max_length - 1], skip_special_tokens=True)
+        end = max(kept.rfind(mark) for mark in (". ", "。", "；", "; "))
+        return self.tokenizer(kept[: end + 1] if end > 0 else kept)["input_ids"][: self.max_length - 1]
+
+    def _source_row(self, passage: Passage) -> int:
+        if passage.other_rows and self.rng.random() < self.cross_lingual:
+            return int(self.rng.choice(passage.other_rows))
+        return passage.own_row
+
+
+class WriteTrainer(Trainer):
+    """`Trainer` with noise on the text embeddings, and written validation reports as its evaluation."""
+
+    def __init__(self, *args: Any, validation: "WriteValidation", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Computes the mean of the losses on texts and on image-report pairs, weighted by their rows."""
+        losses, rows = [], []
+        for kind, part in inputs.items():
+            if kind == "text":
+                std = self.accelerator.unwrap_model(model).config.text_noise_std
+                part = part | {"shared_embeds": add_noise(part["shared_embeds"], std)}
+            losses.append(model(**part).loss)
+            rows.append(len(part["input_ids"]))
+        loss = sum(each * count for each, count in zip(losses, rows, strict=True)) / sum(rows)
+        return (loss, None) if return_outputs else loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Writes reports for the validation images and scores them."""
+        scores = self.validation.score(self.accelerator.unwrap_model(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class WriteValidation:
+    """Writes and scores reports for validation images, greedily, as inference would."""
+
+    def __init__(self, studies: list[Study], collator: WriteCollator, processor: M3FMProcessor, batch_size: int = 24):
+        self.studies = studies
+        self.collator = collator
+        self.processor = processor
+        self.batch_size = batch_size
+
+    def write(self, model: M3FMForReportGeneration, language: str, **generate_kwargs: Any) -> list[str]:
+        """Writes one report a validation study."""
+        model.eval()
+        texts = []
+        for start in range(0, len(self.studies), self.batch_size):
+            images = self.collator.images(self.studies[start : start + self.batch_size])
+            features = images["vision_features"].to(model.device)
+            ids = model.generate(vision_features=features, language=language, max_new_tokens=200, **generate_kwargs)
+            texts += self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def score(self, model: M3FMForReportGeneration) -> dict[str, float]:
+        """Returns BLEU-4, ROUGE-L and the share of distinct reports, per language."""
+        scores = {}
+        for language in model.config.languages if self.studies else ():
+            texts = self.write(model, language)
+            metrics = score_reports(texts, [study.reports[language] for study in self.studies], language)
+            scores |= {f"{name}_{language}": metrics[name] for name in ("bleu_4", "rouge_l")}
+            scores[f"distinct_{language}"] = distinct_ratio(texts)
+        return scores
+
+
+def load_texts(recipe: WriteRecipe) -> list[tuple[str, dict[str, str]]]:
+    """Returns (set, language -> text) for every training report and parallel text, repeated as the recipe says."""
+    root = Path(recipe.data_root)
+    groups = []
+    for name, repeats in recipe.text_sets.items():
+        studies = load_studies(root / name)
+        own = [(name, s.reports) for s in studies if s.split != "validation" and s.study_id not in recipe.exclude]
+        if name in recipe.parallel_sets:
+            own += [(name, pair.texts) for pair in load_parallel(root / name) if pair.split != "validation"]
+        groups += [group for group in own if group[1]] * repeats
+    return groups
+
+
+def build_writer(recipe: WriteRecipe) -> tuple[M3FMForReportGeneration, M3FMProcessor, bool]:
+    """Builds MultiMedLM on the base; tells whether the base already held a decoder."""
+    processor = AutoProcessor.from_pretrained(recipe.base)
+    config = AutoConfig.from_pretrained(recipe.base)
+    goes_on = "M3FMForReportGeneration" in (config.architectures or [])
+    for name, value in recipe.model.items():
+        setattr(config, name, value)
+    if goes_on:
+        return (
+            M3FMForReportGeneration.from_pretrained(recipe.base, config=config, dtype=torch.float32),
+            processor,
+            True,
+        )
+    model = M3FMForReportGeneration(config)
+    # Control tokens, those kept for further languages too, are for prompts: none is to be written.
+    control = set(processor.tokenizer.added_tokens_decoder) - {processor.tokenizer.eos_token_id}
+    model.generation_config.suppress_tokens = sorted(control)
+    model.model = M3FMModel.from_pretrained(recipe.base, dtype=torch.float32)
+    return model, processor, False
+
+
+def run(recipe: WriteRecipe, arguments: TrainingArguments) -> dict[str, Any]:
+    """Trains stage 2, resumes where an interrupted run stopped, and saves the model with its curves."""
+    set_seed(arguments.seed)
+    arguments.remove_unused_columns = False
+    model, processor, goes_on = build_writer(recipe)
+    languages = model.config.languages
+    bank = TextBank(load_texts(recipe), languages)
+    bank.embed(model.model, processor)
+    if not goes_on and model.config.support_memory_size:
+        size = model.config.support_memory_size
+        model.set_support_memory(bank.support_memory(languages, recipe.memory_sets, size, arguments.seed))
+    root = Path(recipe.data_root)
+    pairs = [
+        (study, language)
+        for name, repeats in recipe.supervised_sets.items()
+        for study in load_studies(root / name)
+        for language in languages
+        if study.split == "train"
+        and language in study.reports
+        and study.images
+        and study.study_id not in recipe.exclude
+        for _ in range(repeats)
+    ]
+    validation_studies = [
+        study
+        for study in (load_studies(root / recipe.validation_set) if recipe.validation_set else [])
+        if study.split == "validation" and set(languages) <= set(study.reports)
+    ]
+    cache = FeatureCache(Path(recipe.feature_cache), model.model.vision_model, processor.image_processor)
+    for name in {recipe.validation_set, *recipe.supervised_sets} - {""}:
+        cache.fill([study for study in load_studies(root / name) if study.reports or study.findings])
+    _freeze(model, supervised=bool(pairs))
+    collator = WriteCollator(model, processor, bank, recipe, cache)
+    validation = WriteValidation(validation_studies, collator, processor)
+    trainer = WriteTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=WriteDataset(bank.passages, pairs),
+        eval_dataset=WriteDataset([], []),
+        data_collator=collator,
+        processing_class=processor,
+        validation=validation,
+    )
+    trainer.train(resume_from_checkpoint=latest_checkpoint(arguments.output_dir))
+    facts = {
+        "stage": "write",
+        "supervision": f"image-report pairs of {sorted(recipe.supervised_sets)}" if pairs else "text alone",
+        "texts": len(bank.texts),
+        "pairs": len(pairs),
+    }
+    return finish_run(trainer, recipe, facts)
+
+
+def _freeze(model: M3FMForReportGeneration, supervised: bool) -> None:
+    """Freezes MultiMedCLIP, but for the way from image tokens to the shared space where pairs supervise it."""
+    model.model.requires_grad_(False)
+    if supervised:
+        model.model.study_pooling.requires_grad_(True)
+        model.model.visual_projection.requires_grad_(True)

@@ -1,0 +1,214 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
+
+from m3fm.image_processing_m3fm import M3FMImageProcessor, choose_slices, letterbox
+from m3fm.imaging_m3fm import ChestImage
+
+MEAN, STD = (np.asarray(v, np.float32)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+
+@pytest.fixture
+def processor() -> M3FMImageProcessor:
+    return M3FMImageProcessor(size=32)
+
+
+@pytest.fixture
+def radiograph() -> Image.Image:
+    """A colour picture, higher (60) than wide (40)."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
+
+
+def unnormalised(pixel_values: torch.Tensor) -> np.ndarray:
+    """(3, H, W) as the model gets it, back to 0..1."""
+    return pixel_values.numpy() * STD + MEAN
+
+
+def test_path_pil_array_and_tensor_give_identical_tensors(processor, radiograph, tmp_path):
+    for name in ("a.png", "a.jpg"):
+        path = tmp_path / name
+        radiograph.save(path)
+        opened = Image.open(path)
+        array = np.asarray(opened)
+        expected = processor(images=path, return_tensors="pt")
+        for source in (str(path), path.read_bytes(), opened, array, torch.tensor(array).permute(2, 0, 1)):
+            got = processor(images=source, return_tensors="pt")
+            assert torch.equal(got["pixel_values"], expected["pixel_values"])
+        converted = processor(images=opened.convert("RGB"), return_tensors="pt")  # as transformers' pipelines load
+        assert torch.equal(converted["pixel_values"], expected["pixel_values"])
+
+
+def test_shapes_types_and_mask_of_studies(processor, radiograph):
+    one = processor(images=radiograph, return_tensors="pt")
+    assert set(one) == {"pixel_values", "image_mask"}
+    assert one["pixel_values"].shape == (1, 1, 3, 32, 32) and one["pixel_values"].dtype == torch.float32
+    assert one["image_mask"].dtype == torch.bool
+    assert processor(images=[radiograph] * 3, return_tensors="pt")["pixel_values"].shape == (3, 1, 3, 32, 32)
+    mixed = processor(images=[radiograph, [radiograph, radiograph]], return_tensors="pt")
+    assert mixed["image_mask"].tolist() == [[True, False], [True, True]]
+    assert torch.equal(mixed["pixel_values"][0, 0], one["pixel_values"][0, 0])
+    assert (mixed["pixel_values"][0, 1] == 0).all()
+    assert isinstance(processor(images=radiograph)["pixel_values"], np.ndarray)
+
+
+def test_letterbox_keeps_the_aspect_on_black(processor, radiograph):
+    got = unnormalised(processor(images=radiograph, return_tensors="pt")["pixel_values"][0, 0])
+    columns = got[0].max(axis=0) > 1e-4
+    assert columns.sum() == 21 and columns[5:26].all()  # 40 / 60 * 32 columns in the middle
+    np.testing.assert_allclose(got[0], got[2], atol=1e-6)
+    same = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    np.testing.assert_array_equal(letterbox(same, 32, 32, 3), same)
+    assert letterbox(np.ones((1, 500), np.float32), 32, 32, 3).sum() == 32
+    edge = np.zeros((64, 64), np.float32)
+    edge[:, 32:] = 1
+    resized = letterbox(edge, 128, 128, 3)
+    assert resized.min() == 0 and resized.max() == 1
+
+
+def test_downscaling_is_antialiased(processor):
+    checker = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    got = unnormalised(processor(images=checker, return_tensors="pt")["pixel_values"][0, 0])
+    np.testing.assert_allclose(got[:, 2:-2, 2:-2], 0.5, atol=0.02)
+
+
+def test_ct_windows_in_hu():
+    volume = np.full((1, 4, 4), -600, np.float32)
+    volume[0, 0, :3] = [-1350, 150, 3000]
+    ct = ChestImage(volume, "ct", "hu")
+    settings = {"size": 4, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    lung = M3FMImageProcessor(**settings)(images=ct)["pixel_values"][0, 0]
+    np.testing.assert_allclose(lung[:, 0], [[0, 1, 1, 0.5]] * 3)
+    three = M3FMImageProcessor(**settings, ct_windows=[[-600, 1500], [40, 400], [300, 1500]])
+    channels = three(images=ct)["pixel_values"][0, 0]
+    np.testing.assert_allclose(channels[:, 0, 1], [1, 0.775, 0.4], rtol=1e-6)
+
+
+def test_slices_come_from_the_middle_of_a_volume(processor):
+    volume = np.broadcast_to(np.arange(100, dtype=np.float32)[:, None, None] * 10 - 1000, (100, 8, 8))
+    output = processor(images=volume, return_tensors="pt", ct_windows=[[-500, 1000]])
+    assert output["pixel_values"].shape == (1, 8, 3, 32, 32)
+    levels = [unnormalised(each)[0, 16, 16] * 100 for each in output["pixel_values"][0]]
+    np.testing.assert_allclose(levels, choose_slices(100, 8), atol=0.01)
+    for total in range(1, 60):
+        for count in (1, 4, 8):
+            chosen = choose_slices(total, count)
+            assert len(chosen) == min(total, count) and (np.diff(chosen) > 0).all()
+            assert chosen[0] >= 0 and chosen[-1] < total
+    np.testing.assert_array_equal(choose_slices(100, 8), [15, 25, 35, 45, 55, 65, 75, 85])
+
+
+def test_settings_survive_saving_and_the_auto_class(tmp_path, monkeypatch):
+    class Config(PretrainedConfig):
+        model_type = "m3fm-image-processor-test"
+
+    AutoImageProcessor.register(Config, image_processor_classes={"pil": M3FMImageProcessor}, exist_ok=True)
+    saved = M3FMImageProcessor(size=48, cxr_window=None, ct_windows=[[40, 400]], num_slices=3)
+    saved.save_pretrained(tmp_path)
+    Config().save_pretrained(tmp_path)
+    for loaded in (
+        AutoImageProcessor.from_pretrained(tmp_path),
+        M3FMImageProcessor.from_pretrained(tmp_path),
+        M3FMImageProcessor.from_dict(saved.to_dict()),
+    ):
+        assert type(loaded) is M3FMImageProcessor
+        assert (loaded.size, loaded.cxr_window, loaded.num_slices) == ({"height": 48, "width": 48}, None, 3)
+        assert loaded.ct_windows == [[40.0, 400.0]] and loaded.resample == 3
+    assert M3FMImageProcessor.from_pretrained(tmp_path, num_slices=5).num_slices == 5
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["cxr_window"] is None
+
+
+def test_nests_in_a_processor_and_reads_files_there(tmp_path, radiograph):
+    class OnlyImages(ProcessorMixin):
+        def __init__(self, image_processor=None):
+            super().__init__(image_processor)
+
+    path = tmp_path / "a.png"
+    radiograph.save(path)
+    images = M3FMImageProcessor(size=32)
+    joint = OnlyImages(images)
+    got = joint(images=[str(path), [path, radiograph]], return_tensors="pt")
+    assert got["pixel_values"].shape == (2, 2, 3, 32, 32)
+    assert torch.equal(got["pixel_values"][0, 0], images(images=path, return_tensors="pt")["pixel_values"][0, 0])
+    assert joint(images=path, size={"height": 16, "width": 16}, return_tensors="pt")["pixel_values"].shape[-1] == 16
+    joint.save_pretrained(tmp_path / "saved")
+    nested = json.loads((tmp_path / "saved" / "processor_config.json").read_text())["image_processor"]
+    assert nested["image_processor_type"] == "M3FMImageProcessor"
+    assert M3FMImageProcessor.from_pretrained(tmp_path / "saved").size == {"height": 32, "width": 32}
+
+
+def test_works_as_remote_code_without_the_package(tmp_path, radiograph, monkeypatch):
+    monkeypatch.setattr(M3FMImageProcessor, "_auto_class", "AutoImageProcessor")
+    M3FMImageProcessor(size=32).save_pretrained(tmp_path / "hub")
+    radiograph.save(tmp_path / "a.png")
+    code = """
+import sys
+sys.modules["m3fm"] = sys.modules["pydicom"] = sys.modules["nibabel"] = None  # any import of these fails
+from transformers import AutoImageProcessor
+processor = AutoImageProcessor.from_pretrained("hub", trust_remote_code=True)
+print(processor(images="a.png", return_tensors="pt")["pixel_values"].shape)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "[1, 1, 3, 32, 32]" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slice_selection": "random"}, "slice_selection: got 'random', expected one of"),
+        ({"ct_windows": [[-600]]}, r"ct_windows\[0\].*2 numbers"),
+        ({"ct_windows": [[-600, 1500], [40, 400]]}, "one or three"),
+        ({"ct_windows": [[-600, 0]]}, "width above 0"),
+        ({"ct_windows": [[-600, float("nan")]]}, "2 numbers"),
+        ({"cxr_window": [60, 40]}, "low < high"),
+        ({"size": {"shortest_edge": 224}}, "height and width"),
+        ({"size": 0}, "at least 1"),
+        ({"size": "224"}, "expected"),
+        ({"resample": 17}, "resample: got 17"),
+        ({"image_mean": [0.5]}, "3 numbers"),
+        ({"image_std": [0.2, 0.2, 0]}, "above 0"),
+        ({"num_slices": 0}, "at least 1"),
+        ({"num_slices": 2.5}, "whole number"),
+        ({"num_slices": 9, "max_images": 8}, "at most max_images"),
+        ({"do_resize": False}, "unknown image processor settings"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, radiograph):
+    with pytest.raises(ValueError, match=message):
+        M3FMImageProcessor(**settings)
+    with pytest.raises(ValueError, match=message):
+        M3FMImageProcessor()(images=radiograph, **settings)
+
+
+def test_wrong_batches_are_refused(processor, radiograph, tmp_path):
+    with pytest.raises(ValueError, match="empty list"):
+        processor(images=[])
+    with pytest.raises(ValueError, match="study 1 of the batch has no image"):
+        processor(images=[radiograph, []])
+    with pytest.raises(ValueError, match="more than 64 images"):
+        processor(images=[[radiograph] * 65])
+    with pytest.raises(ValueError, match=r"missing\.png: no such file"):
+        processor(images=[radiograph, tmp_path / "missing.png"])
+
+
+@pytest.mark.realdata
+def test_radiographs_and_volumes_share_a_batch(data_root):
+    fixtures = data_root / "fixtures"
+    output = M3FMImageProcessor()(
+        images=[fixtures / "cxr_siim_nih_jpeg.dcm", fixtures / "ct_thorax_cropped_1p5mm.nii.gz"], return_tensors="pt"
+    )
+    assert output["pixel_values"].shape == (2, 8, 3, 224, 224)
+    assert output["image_mask"].sum(dim=1).tolist() == [1, 8]
+    assert torch.isfinite(output["pixel_values"]).all()
