@@ -100,6 +100,15 @@ class M3FMImageProcessor(BaseImageProcessor):
         """
         return images
 
+    def read(self, source: Any) -> ChestImage:
+        """Read one source (see `read_image`) as `preprocess` does, which takes the result in the source's place.
+
+        Raises:
+            ValueError: If the source cannot be read as a chest image.
+            ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
+        """
+        return read_image(source, percentiles=self.cxr_window)
+
     def preprocess(
         self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Unpack[M3FMImagesKwargs]
     ) -> BatchFeature:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .imaging_m3fm import ChestImage, read_image
-
 BOTH = "both"
 
 
@@ -47,11 +45,12 @@ class M3FMReportPipeline(Pipeline):
         """Writes the reports of one study, of a list of studies, or of a stream of them.
 
         Args:
-            images: One study, a list of studies (each an image or a list of images), or an iterator or dataset of them.
+            images: One study, a list of studies (each an image or a list of images), or an iterator or dataset of
+                them.
             language: A code of the checkpoint, "both" for all of them, or one of these for each study of a list.
             batch_size: Studies that go through the model at once.
             on_error: "raise" on the first unreadable study, or "row": its place in the results takes
-                `{"error": reason}` and the others are reported.
+                `{"error": reason}` and the others are reported, also where only an optional reader is missing.
             generate_kwargs: Passed to `generate`: `num_beams`, `max_new_tokens`, ...
 
         Returns:
@@ -59,13 +58,14 @@ class M3FMReportPipeline(Pipeline):
 
         Raises:
             ValueError: If a study cannot be read, or a language is not the checkpoint's.
+            ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
         """
         if on_error not in ("raise", "row"):
             raise ValueError(f"Expected on_error to be 'raise' or 'row', got {on_error!r}.")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Expected batch_size to be a whole number >= 1, got {batch_size!r}.")
         is_list = isinstance(images, (list, tuple))
-        is_stream = not is_list and (isinstance(images, Iterator) or isinstance(images, torch.utils.data.Dataset))
+        is_stream = not is_list and isinstance(images, (Iterator, torch.utils.data.Dataset))
         studies: Iterable[Any] = images if is_list or is_stream else [images]
         languages = self._languages(language, len(images) if is_list else None)
         rows = self._stream(zip(studies, languages, strict=False), batch_size, on_error, generate_kwargs or {})
@@ -93,9 +93,9 @@ class M3FMReportPipeline(Pipeline):
             readable = []
             for images, languages in chunk:
                 try:
-                    readable.append((_read_study(images), languages))
+                    readable.append(self._prepare_study(images, languages))
                     rows.append(None)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, ImportError) as error:
                     if on_error == "raise":
                         raise
                     rows.append({"error": str(error)})
@@ -107,12 +107,24 @@ class M3FMReportPipeline(Pipeline):
             raise ValueError(f"{self.task} got unknown arguments {sorted(unknown)}.")
         return {}, {}, {}
 
-    def preprocess(self, studies: list[tuple[list[ChestImage], tuple[str, ...]]]) -> dict[str, Any]:
-        """Turns read studies into tensors, and one row to write for each study and language."""
-        inputs = self.processor(images=[images for images, _ in studies], return_tensors="pt")
-        rows = [(index, language) for index, (_, languages) in enumerate(studies) for language in languages]
-        modalities = [images[0].modality for images, _ in studies]
-        return {**inputs, "rows": rows, "modalities": modalities}
+    def _prepare_study(self, images: Any, languages: tuple[str, ...]) -> dict[str, Any]:
+        """Turns one study into tensors at once: a batch of CT volumes need not be in memory together."""
+        sources = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not sources:
+            raise ValueError("Expected a study of at least one image, got an empty list.")
+        read = [self.processor.image_processor.read(source) for source in sources]
+        inputs = self.processor(images=[read], return_tensors="pt")
+        tensors = {name: inputs[name][0] for name in ("pixel_values", "image_mask")}  # (N, 3, H, W), (N,)
+        return {**tensors, "modality": read[0].modality, "languages": languages}
+
+    def preprocess(self, studies: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pads studies to one batch, and lists one row to write for each study and language."""
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence([study[name] for study in studies], batch_first=True)
+            for name in ("pixel_values", "image_mask")  # (B, N, 3, H, W), (B, N)
+        }
+        rows = [(index, language) for index, study in enumerate(studies) for language in study["languages"]]
+        return {**batch, "rows": rows, "modalities": [study["modality"] for study in studies]}
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> dict[str, Any]:
         tokens = self.model.model.get_vision_features(model_inputs["pixel_values"].to(self.model.dtype))
@@ -138,14 +150,6 @@ class M3FMReportPipeline(Pipeline):
 def _repeat(value: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     while True:
         yield value
-
-
-def _read_study(images: Any) -> list[ChestImage]:
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise ValueError("Expected a study of at least one image, got an empty list.")
-        return [read_image(image) for image in images]
-    return [read_image(images)]
 
 
 __all__ = ["M3FMReportPipeline"]

@@ -153,26 +153,27 @@ class AlignTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Computes image-English, image-Chinese and English-Chinese alignment of one mixed batch."""
-        names = ("vision_features", "pixel_values", "image_mask", "input_ids", "attention_mask")
-        outputs = model(**{name: inputs[name] for name in names if name in inputs})
+        image_names = [name for name in ("vision_features", "pixel_values", "image_mask") if name in inputs]
+        image_embeds = model.get_image_features(**{n: inputs[n] for n in image_names}) if image_names else None
+        text_embeds = _embed_by_length(model, inputs["input_ids"], inputs["attention_mask"])  # (J, D)
         texts = _text_items(inputs)
+        scale = model.logit_scale.exp()
         losses = []
-        scale = self.accelerator.unwrap_model(model).logit_scale.exp()
         sides = [inputs["text_language"] == language for language in range(len(self.validation.languages))]
-        if outputs.image_embeds is not None:
+        if image_embeds is not None:
             images = _image_items(inputs)
             for side in sides:
                 if side.any():
                     targets = soft_targets(images, texts.select(side))
-                    losses.append(soft_contrastive_loss(outputs.logits_per_image[:, side], *targets))
+                    losses.append(soft_contrastive_loss(scale * image_embeds @ text_embeds[side].t(), *targets))
         pivot = sides[0]
         for side in sides[1:]:
             if side.any() and pivot.any():
-                logits = scale * outputs.text_embeds[pivot] @ outputs.text_embeds[side].t()
+                logits = scale * text_embeds[pivot] @ text_embeds[side].t()
                 targets = soft_targets(texts.select(pivot), texts.select(side))
                 losses.append(self.recipe.translation_weight * soft_contrastive_loss(logits, *targets))
         loss = torch.stack(losses).sum()
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes a step with CLIP's ceiling of 100 on the inverse temperature."""
@@ -187,6 +188,19 @@ class AlignTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _embed_by_length(
+    model: M3FMModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk: int = 64
+) -> torch.Tensor:
+    """Embeds texts (J, T) in chunks of like length: reports differ so much in length that half would be padding."""
+    lengths = attention_mask.sum(dim=1)
+    order = lengths.argsort()
+    embeds = []
+    for rows in order.split(chunk):
+        longest = int(lengths[rows].max())
+        embeds.append(model.get_text_features(input_ids[rows, :longest], attention_mask[rows, :longest]))
+    return torch.cat(embeds)[order.argsort()]
 
 
 def _text_items(inputs: dict[str, torch.Tensor]) -> Items:
@@ -333,7 +347,13 @@ def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
 
 
 def run(recipe: AlignRecipe, arguments: TrainingArguments) -> dict[str, Any]:
-    """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves."""
+    """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves.
+
+    Raises:
+        ValueError: In a run of several processes, whose batches would not see each other's negatives.
+    """
+    if arguments.world_size > 1:
+        raise ValueError(f"Stage 1 trains in one process, got {arguments.world_size}.")
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False
     model, processor = build_model(recipe)

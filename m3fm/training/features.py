@@ -53,13 +53,18 @@ class FeatureCache:
     @torch.inference_mode()
     def _fill(self, source: str, paths: Sequence[Path], batch_size: int) -> None:
         data, index = (self.folder / f"{source}-{self._key}.{ending}" for ending in ("f16", "index"))
-        names = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
         shape = self._token_shape()
         row_bytes = shape[0] * shape[1] * 2
+        written = index.read_text(encoding="utf-8") if index.is_file() else ""
+        # A killed run may have written half a name, or names and tokens of which only one reached the disk.
+        whole_lines = written.split("\n")[:-1]
+        names = whole_lines[: data.stat().st_size // row_bytes] if data.is_file() else []
+        kept = "".join(f"{name}\n" for name in names)
+        if kept != written:
+            index.write_text(kept, encoding="utf-8")
         known = set(names)
         missing = list(dict.fromkeys(path for path in paths if path.name not in known))
         with open(data, "ab") as data_file, open(index, "a", encoding="utf-8") as index_file:
-            # A killed run may have written tokens whose names it did not get to write.
             data_file.truncate(len(names) * row_bytes)
             bar = tqdm(total=len(missing), desc=f"image tokens of {source}", unit="image", disable=not missing)
             for start in range(0, len(missing), batch_size):
@@ -76,6 +81,8 @@ class FeatureCache:
 
     def _tokens(self, paths: list[Path]) -> np.ndarray:
         pixels = self.image_processor(paths, return_tensors="pt")["pixel_values"]  # (b, 1, 3, H, W)
+        if pixels.shape[1] != 1:
+            raise ValueError("Cached tokens expected files of one slice or view each, got a volume.")
         device = next(self.tower.parameters()).device
         with torch.autocast(device.type, dtype=torch.bfloat16):
             tokens = self.tower(pixel_values=pixels.flatten(0, 1).to(device)).last_hidden_state  # (b, S, C)

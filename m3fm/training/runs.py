@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -70,6 +71,9 @@ def run_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     module = import_module(kind.module, __package__)
     recipe_class = getattr(module, kind.dataclass)
     classes = (recipe_class, TrainingArguments) if kind.trains else (recipe_class,)
+    if kind.trains:
+        # Without this a recipe in bf16 is refused on a machine that has no accelerator.
+        values.setdefault("use_cpu", not torch.accelerator.is_available())
     try:
         parsed = HfArgumentParser(classes).parse_dict(values, allow_extra_keys=False)
     except ValueError as error:
@@ -81,7 +85,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     names, texts = overrides[::2], overrides[1::2]
     if len(names) != len(texts) or not all(name.startswith("--") for name in names):
         raise ValueError(f"Expected `--name value` pairs after the recipe, got {' '.join(overrides)!r}.")
-    return {name[2:]: yaml.safe_load(text) for name, text in zip(names, texts, strict=True)}
+    # "no" is a strategy of TrainingArguments, and only YAML 1.1 takes it for a truth value.
+    words = ("no", "off", "on", "yes")
+    values = (text if text in words else yaml.safe_load(text) for text in texts)
+    return {name[2:]: value for name, value in zip(names, values, strict=True)}
 
 
 def latest_checkpoint(output_dir: str) -> str | None:

@@ -1,0 +1,232 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""What the commands of `m3fm` do; what may be typed stands in `m3fm_cli.py`."""
+
+import contextlib
+import json
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from m3fm_cli import EXIT_ERROR, NOTICE
+
+from . import DEFAULT_CHECKPOINT, M3FMReportPipeline
+
+# The name of a language in that language; one not named here goes by its code.
+LANGUAGE_NAMES = {"en": "English", "zh": "中文"}
+
+# --------------------------------------------------------------------------------------------------------------------
+# m3fm report
+
+
+def report(args: Namespace) -> int:
+    """Writes reports for files as they come out of the model, and lists those that cannot be read."""
+    _quieten_transformers()
+    output = _checked_output(args.output, args.files)
+    reporter = _load_pipeline(_checked_model(args.model), _checked_device(args.device))
+    given = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    rows = reporter(
+        iter(args.files),
+        language=args.language,
+        batch_size=args.batch_size,
+        on_error="row",
+        generate_kwargs={key: value for key, value in given.items() if value is not None},
+    )
+    sys.stderr.write(f"{NOTICE}\n")
+    unread = 0
+    with contextlib.ExitStack() as stack:
+        # Opened only now, so that a wrong option does not cost the file of an earlier run.
+        stream = sys.stdout if output is None else stack.enter_context(_open_output(output))
+        write = stack.enter_context(FORMATS[args.format](stream))
+        for source, row in _with_progress(args.files, rows):
+            if "error" in row:
+                unread += 1
+                row["error"] = row["error"].removeprefix(f"{source}: ")
+                sys.stderr.write(f"error: {source}: {row['error']}\n")
+            write({"source": source, **row})
+            stream.flush()
+    if output is not None:
+        sys.stderr.write(f"{len(args.files) - unread} of {len(args.files)} files reported in {output}\n")
+    return EXIT_ERROR if unread else 0
+
+
+def _load_pipeline(model: Path, device: torch.device) -> M3FMReportPipeline:
+    # Half precision, which checkpoints are stored in, is slow and less exact on CPUs.
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        # The class is named for folders that bring code of their own: the installed code runs.
+        return transformers.pipeline(
+            M3FMReportPipeline.task, str(model), device=device, dtype=dtype, pipeline_class=M3FMReportPipeline
+        )
+    except Exception as error:  # damaged weights and settings raise many kinds
+        raise ValueError(f"{model}: the model cannot be loaded: {error}") from error
+
+
+def _quieten_transformers() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _with_progress(files: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    hidden = len(files) < 2 or not sys.stderr.isatty()
+    with tqdm(total=len(files), unit="file", disable=hidden) as bar:
+        for source, row in zip(files, rows, strict=True):
+            with contextlib.nullcontext() if hidden else tqdm.external_write_mode(sys.stderr):
+                yield source, row
+            bar.update()
+
+
+# Each of the three takes a stream and gives a function that writes one row; what it opens it also closes, so that an
+# interrupted list is still JSON.
+
+
+@contextlib.contextmanager
+def _write_text(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def write(row: dict[str, Any]) -> None:
+        if "error" in row:
+            return
+        modality = f" ({row['modality']})" if row["modality"] else ""
+        lines = [f"{row['source']}{modality}"]
+        for name, text in row.items():
+            if name.startswith("report_"):
+                code = name.removeprefix("report_")
+                lines += [f"  {LANGUAGE_NAMES.get(code, code)}", *(f"    {line}" for line in text.splitlines())]
+        stream.write("\n".join(lines) + "\n\n")
+
+    yield write
+
+
+@contextlib.contextmanager
+def _write_jsonl(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
+    yield lambda row: stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _write_json(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
+    separator = ""
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal separator
+        stream.write(f"{separator}\n  {json.dumps(row, ensure_ascii=False)}")
+        separator = ","
+
+    stream.write("[")
+    try:
+        yield write
+    finally:
+        stream.write("\n]\n")
+
+
+FORMATS = {"text": _write_text, "json": _write_json, "jsonl": _write_jsonl}
+
+# --------------------------------------------------------------------------------------------------------------------
+# m3fm train, evaluate, export
+
+
+def train(args: Namespace) -> int:
+    """Runs a recipe, or lists those that ship."""
+    import yaml
+
+    from .training import runs
+
+    if args.list:
+        for path in sorted(runs.RECIPES.glob("*.yaml")):
+            first_line = path.read_text(encoding="utf-8").splitlines()[0]
+            sys.stdout.write(f"{path.stem:<20} {first_line.removeprefix('#').strip()}\n")
+        return 0
+    if args.recipe is None:
+        raise ValueError("Expected a recipe: a YAML file, or one of those that `m3fm train --list` shows.")
+    recipe = runs.find_recipe(args.recipe)
+    words = [part for word in args.overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    runs.run_recipe(recipe, words)
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    settings |= {name.removeprefix("--"): text for name, text in zip(words[::2], words[1::2], strict=True)}
+    if "output_dir" in settings:
+        sys.stderr.write(f"results are in {settings['output_dir']}\n")
+    return 0
+
+
+def evaluate(args: Namespace) -> int:
+    """Scores a checkpoint on a data folder; the table goes to the screen, the rest to the output folder."""
+    from .evaluation.report import METRICS_FILE, evaluate_parallel, evaluate_reports, write_json
+
+    _quieten_transformers()
+    model, device = _checked_model(args.model), str(_checked_device(args.device))
+    if not Path(args.data).is_dir():
+        raise ValueError(f"{args.data}: no such data folder.")
+    only_reports = {
+        "languages": args.language,
+        "seed": args.seed,
+        "num_beams": args.num_beams,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    only_reports = {name: value for name, value in only_reports.items() if value is not None}
+    if args.task == "report":
+        evaluate_reports(
+            model,
+            args.data,
+            output_dir=args.output,
+            split=args.split,
+            batch_size=args.batch_size,
+            device=device,
+            **only_reports,
+        )
+        return 0
+    if only_reports:
+        raise ValueError(f"--task {args.task} takes no {', '.join(sorted(only_reports))}.")
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / METRICS_FILE, evaluate_parallel(model, args.data, args.split, args.batch_size, device))
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """Writes a checkpoint as a folder of its own."""
+    from .hub import export_checkpoint, export_remote_code
+
+    write = export_remote_code if args.remote_code else export_checkpoint
+    sys.stderr.write(f"written: {write(_checked_model(args.model), args.folder)}\n")
+    return 0
+
+
+COMMANDS = {"report": report, "train": train, "evaluate": evaluate, "export": export}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def _checked_model(model: str | None) -> Path:
+    folder = DEFAULT_CHECKPOINT if model is None else Path(model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a checkpoint: expected a folder with config.json and weights.")
+    return folder
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def _checked_output(output: str | None, files: list[str]) -> Path | None:
+    if output is None:
+        return None
+    path = Path(output)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: expected a file in a folder that exists.")
+    if path.resolve() in {Path(file).resolve() for file in files}:
+        raise ValueError(f"--output {output}: would replace an image that is to be read.")
+    return path
+
+
+def _open_output(path: Path) -> TextIO:
+    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -1,0 +1,249 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The `m3fm` command: what may be typed, what its help says, and how it ends. What it does is in `m3fm/cli.py`.
+
+This file lies beside the package because importing the package loads torch, which `--help` and a mistyped option need
+not wait for.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+NOTICE = "For research only. Not a medical device: reports may be wrong; base no decision about a patient on them."
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 2, 130, 141
+
+_EXIT_CODES = """\
+exit codes:
+  0    all went well
+  2    a file could not be read (the others are still reported), or an option, a model or a recipe is wrong
+  130  interrupted by Ctrl-C; what was finished is written
+  141  the program that read the output went away
+"""
+
+_MAIN = f"""\
+Chest X-ray and CT reports in English and Chinese, offline.
+
+{NOTICE}
+"""
+
+_MAIN_EPILOG = f"""\
+examples:
+  m3fm report chest.png                                       an English report on the screen
+  m3fm report a.png b.dcm ct.nii.gz --language both --format json
+  m3fm train align-small --output_dir runs/mine               train by a recipe that ships, into a folder of your own
+
+`m3fm COMMAND --help` explains a command.
+
+{_EXIT_CODES}"""
+
+_REPORT = """\
+Write reports for chest images: PNG, JPEG, TIFF, BMP, WebP, and with m3fm[medical] DICOM and NIfTI.
+
+Each FILE is one study. Files never leave the machine, and nothing of a DICOM header but its modality is printed.
+"""
+
+_REPORT_EPILOG = f"""\
+examples:
+  m3fm report chest.png
+      one report in English, to read
+  m3fm report chest.dcm --language zh --output report.txt
+      one in Chinese, into a file
+  m3fm report scans/*.dcm --language both --format jsonl --output reports.jsonl
+      a line for each file as soon as its batch is written
+
+output fields (json: one list; jsonl: one object a line; UTF-8):
+  source       the file, as given
+  modality     "cxr", "ct", or null where the file does not tell
+  report_en    the English report, if asked for
+  report_zh    the Chinese report, if asked for
+  error        instead of the last three: why the file could not be read
+
+Errors, the progress bar and the notice go to stderr.
+
+{_EXIT_CODES}
+{NOTICE}
+"""
+
+_TRAIN = """\
+Train by a recipe: a YAML file whose `recipe:` names the training and whose other lines are its settings.
+
+Every setting can be replaced on the command line. An interrupted run, started again, goes on where it stopped.
+Needs m3fm[train].
+"""
+
+_TRAIN_EPILOG = f"""\
+examples:
+  m3fm train --list
+      the recipes that ship
+  m3fm train align-small --data_root /data/chest --output_dir runs/mine
+      one of them, on a data folder of your own
+  m3fm train my-recipe.yaml --learning_rate 1e-4 --num_train_epochs 3
+      a recipe of your own, with two settings replaced
+
+output: the checkpoint with its processor, run.json (settings and validation scores), history.json and curves.png,
+in the recipe's output_dir.
+
+{_EXIT_CODES}"""
+
+_EVALUATE = """\
+Score a checkpoint on a data folder, beside what any score must be read against: a constant report, nearest neighbours,
+and the model on shuffled images.
+"""
+
+_EVALUATE_EPILOG = f"""\
+examples:
+  m3fm evaluate --data /data/cov_ctr --output scores
+      the shipped checkpoint, every language, the validation part
+  m3fm evaluate --model runs/mine --data /data/cov_ctr --language zh --split test --output scores-zh
+      a checkpoint of your own, in Chinese, on the test part
+  m3fm evaluate --task parallel --data /data/openi_iu_reports --output scores-parallel
+      how well a sentence finds its translation
+
+output: a table on the screen; in the output folder metrics.json with the scores and what they depend on, and for
+--task report also run.json and predictions.jsonl (a stopped run goes on after its last line).
+
+{_EXIT_CODES}"""
+
+_EXPORT = """\
+Write a checkpoint as a folder of its own, without what a training run left beside it.
+"""
+
+_EXPORT_EPILOG = f"""\
+examples:
+  m3fm export m3fm-small
+      the shipped checkpoint, for machines that have m3fm
+  m3fm export m3fm-small --remote-code
+      with its code: pipeline("m3fm-report", model="m3fm-small", trust_remote_code=True) needs no m3fm
+  m3fm export mine --model runs/mine --remote-code
+      a checkpoint of your own
+
+{_EXIT_CODES}"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Words after `m3fm`; None takes those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: After `--help`, and with code 2 on a wrong option.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train":
+        args.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe may have an encoding that has no Chinese
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if args.command != "train":  # a recipe may name a model of the hub; every other command takes a folder
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    try:
+        from m3fm import cli
+
+        code = cli.COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
+    except (ValueError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = _Parser(prog="m3fm", description=_MAIN, epilog=_MAIN_EPILOG)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised, for a bug report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_report(commands.add_parser("report", help="write reports", description=_REPORT, epilog=_REPORT_EPILOG))
+    _add_train(commands.add_parser("train", help="train by a recipe", description=_TRAIN, epilog=_TRAIN_EPILOG))
+    _add_evaluate(
+        commands.add_parser(
+            "evaluate", help="score a checkpoint on data", description=_EVALUATE, epilog=_EVALUATE_EPILOG
+        )
+    )
+    _add_export(
+        commands.add_parser(
+            "export", help="write a checkpoint as a folder", description=_EXPORT, epilog=_EXPORT_EPILOG
+        )
+    )
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of the texts above, and takes no shortened option for another."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a chest X-ray, a CT slice or a CT volume")
+    parser.add_argument("--language", default="en", metavar="en|zh|both", help="of the reports (default: en)")
+    parser.add_argument("--format", choices=("text", "json", "jsonl"), default="text", help="default: text")
+    parser.add_argument("--output", metavar="FILE", help="write there and not to the screen; replaces the file")
+    _add_model(parser)
+    _add_decoding(parser, batch_size=8)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    parser.add_argument("--list", action="store_true", help="list the recipes that ship")
+    # Shown in the help only: what the parser does not know are settings.
+    parser.usage = "m3fm train [-h] [--list] RECIPE [--setting value ...]"
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="a data folder (docs/data.md)")
+    parser.add_argument(
+        "--task",
+        choices=("report", "parallel"),
+        default="report",
+        help="reports (default), or sentence retrieval between languages",
+    )
+    parser.add_argument("--language", nargs="+", metavar="CODE", help="default: all that the checkpoint writes")
+    parser.add_argument("--split", default="validation", help="the part of the data (default: validation)")
+    parser.add_argument("--output", default="evaluation", metavar="DIR", help="default: evaluation")
+    parser.add_argument("--seed", type=int, help="of random reports and shuffles (default: 0)")
+    _add_decoding(parser, batch_size=8)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a new or an empty folder")
+    _add_model(parser)
+    parser.add_argument("--remote-code", action="store_true", help="add the code that runs it where m3fm is missing")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint folder (default: the one inside the package)")
+
+
+def _add_decoding(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument(
+        "--batch-size", type=_count, default=batch_size, metavar="N", help=f"studies at once (default: {batch_size})"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: cpu)")
+    parser.add_argument("--num-beams", type=_count, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest report")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,244 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The exported folder: what it holds, and that it gives the same numbers where m3fm is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.dynamic_module_utils import get_imports
+
+from m3fm import DEFAULT_CHECKPOINT, M3FMModel
+from m3fm.hub import export, export_checkpoint, export_remote_code
+
+LABELS = ["the lungs are clear", "双肺纹理增多。"]
+
+# Runs without the repository on the path, and without any package that a bare install of transformers lacks.
+SCRIPT = """
+import sys
+
+BLOCKED = {"m3fm", "pydicom", "nibabel", "sentencepiece", "datasets", "accelerate", "peft", "matplotlib", "sklearn",
+           "pandas", "torchvision"}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+import json
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+                          AutoModelForImageTextToText, AutoModelForZeroShotImageClassification, AutoProcessor,
+                          AutoTokenizer, pipeline)
+
+folder, output, images, labels = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+trust = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **trust)
+image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
+tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+inputs = processor(images=images, text=labels, return_tensors="pt")
+tensors = dict(inputs)
+tensors["alone"] = image_processor(images, return_tensors="pt")["pixel_values"]
+tensors["alone_ids"] = tokenizer(labels, padding=True, return_tensors="pt")["input_ids"]
+model = AutoModel.from_pretrained(folder, **trust).eval()
+torch.manual_seed(0)
+classifier = AutoModelForImageClassification.from_pretrained(folder, **trust).eval()
+writer = AutoModelForImageTextToText.from_pretrained(folder, **trust).eval()
+with torch.no_grad():
+    tensors["logits"] = model(**inputs).logits_per_image
+    tensors["zero_shot"] = AutoModelForZeroShotImageClassification.from_pretrained(folder, **trust).eval()(
+        **inputs).logits_per_image
+    tensors["classes"] = classifier(inputs["pixel_values"], inputs["image_mask"]).logits
+    tensors["written"] = writer.generate(inputs["pixel_values"], inputs["image_mask"], language="zh", max_new_tokens=6)
+save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / "tensors.safetensors")
+reporter = pipeline("m3fm-report", model=folder, **trust)
+unnamed = pipeline(model=folder, **trust)
+settings = {"language": "both", "generate_kwargs": {"max_new_tokens": 6}}
+rows = reporter([*images, [images[0], images[1]]], batch_size=3, **settings)
+zero_shot = pipeline("zero-shot-image-classification", model=folder, **trust)
+Path("chest.nii.gz").write_bytes(b"\\x1f\\x8b")
+facts = {
+    "rows": rows,
+    "unnamed": unnamed(images[0], **settings),
+    "scores": zero_shot(images[0], candidate_labels=labels, hypothesis_template="{}"),
+    "missing_reader": reporter("chest.nii.gz", on_error="row"),
+    "modules": sorted(name for name in sys.modules if name.partition(".")[0] in BLOCKED),
+    "config": type(AutoConfig.from_pretrained(folder, **trust)).__module__,
+}
+(output / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+"""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    random = np.random.default_rng(0)
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    Image.fromarray(random.integers(0, 255, (40, 30), dtype=np.uint8)).save(paths[0])
+    Image.fromarray(random.integers(0, 60000, (30, 30), dtype=np.uint16)).save(paths[1])
+    return [str(path) for path in paths]
+
+
+def test_folder_gives_the_same_without_m3fm(tiny_checkpoint, images, tmp_path):
+    folder = export_remote_code(tiny_checkpoint, tmp_path / "exported-0.1")
+    results = tmp_path / "results"
+    results.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, "-I", str(tmp_path / "script.py"), str(folder), str(results)]
+    run = subprocess.run(
+        [*command, json.dumps(images), json.dumps(LABELS)],
+        cwd=results,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    facts = json.loads((results / "facts.json").read_text(encoding="utf-8"))
+    assert facts["modules"] == []
+    assert facts["config"].startswith("transformers_modules.")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = installed_tensors(tiny_checkpoint, images)
+        settings = {"language": "both", "generate_kwargs": {"max_new_tokens": 6}}
+        reporter = pipeline("m3fm-report", model=str(tiny_checkpoint))
+        rows = reporter([*images, [images[0], images[1]]], batch_size=3, **settings)
+        single = reporter(images[0], **settings)
+        zero_shot = pipeline("zero-shot-image-classification", model=str(tiny_checkpoint))
+        scores = zero_shot(images[0], candidate_labels=LABELS, hypothesis_template="{}")
+    finally:
+        torch.set_num_threads(threads)
+    written = load_file(results / "tensors.safetensors")
+    assert set(written) == set(expected)
+    assert [name for name in expected if not torch.equal(written[name], expected[name])] == []
+    assert facts["rows"] == rows
+    assert facts["unnamed"] == single
+    assert facts["scores"] == scores
+    assert "nibabel" in facts["missing_reader"]["error"]
+
+
+def installed_tensors(checkpoint: Path, images: list[str]) -> dict[str, torch.Tensor]:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    inputs = processor(images=images, text=LABELS, return_tensors="pt")
+    torch.manual_seed(0)
+    classifier = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+    writer = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    pixels, mask = inputs["pixel_values"], inputs["image_mask"]
+    with torch.no_grad():
+        logits = M3FMModel.from_pretrained(checkpoint).eval()(**inputs).logits_per_image
+        classes = classifier(pixels, mask).logits
+    return {
+        **inputs,
+        "alone": pixels,
+        "alone_ids": inputs["input_ids"],
+        "logits": logits,
+        "zero_shot": logits,
+        "classes": classes,
+        "written": writer.generate(pixels, mask, language="zh", max_new_tokens=6),
+    }
+
+
+def test_checkpoint_alone_is_copied_without_the_rest_of_a_run(tiny_checkpoint, tmp_path):
+    for name in ("optimizer.pt", "history.json"):
+        (tiny_checkpoint / name).write_bytes(b"x")
+    (tiny_checkpoint / "checkpoint-5").mkdir()
+    folder = export_checkpoint(tiny_checkpoint, tmp_path / "new" / "folder")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert all(path.read_bytes() == (tiny_checkpoint / path.name).read_bytes() for path in folder.iterdir())
+    assert AutoModelForImageTextToText.from_pretrained(folder).num_parameters() > 0
+
+
+def test_code_folder_holds_every_file_it_needs(tiny_checkpoint, tmp_path):
+    folder = export_remote_code(tiny_checkpoint, tmp_path / "out")
+    code = {path.name for path in folder.glob("*.py")}
+    assert {"modeling_m3fm.py", "layers_m3fm.py", "imaging_m3fm.py", "chest_image_m3fm.py", "dicom_m3fm.py"} <= code
+    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "numpy", "PIL", "huggingface_hub"}
+    for name in code:
+        assert set(get_imports(folder / name)) <= allowed, name
+    assert (folder / "model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert {"LICENSE", "NOTICE"} <= {path.name for path in folder.iterdir()}
+
+
+def test_every_class_named_in_the_folder_exists():
+    maps = (export.MODEL_AUTO_MAP, export.IMAGE_PROCESSOR_AUTO_MAP, export.PROCESSOR_AUTO_MAP)
+    names = [name for mapping in maps for name in mapping.values()]
+    names += [task["impl"] for task in export.CUSTOM_PIPELINES.values()]
+    for name in names:
+        module, _, cls = name.partition(".")
+        assert isinstance(getattr(import_module(f"m3fm.{module}"), cls), type)
+
+
+@pytest.mark.parametrize("write", [export_checkpoint, export_remote_code])
+def test_nothing_is_overwritten(write, tiny_checkpoint, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(ValueError, match="full is not empty"):
+        write(tiny_checkpoint, full)
+    with pytest.raises(ValueError, match=r"mine\.txt is a file"):
+        write(tiny_checkpoint, full / "mine.txt")
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert (write(tiny_checkpoint, empty) / "config.json").is_file()
+
+
+def test_failed_export_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_legal_files", lambda: [tmp_path / "absent"])
+    with pytest.raises(FileNotFoundError):
+        export_remote_code(tiny_checkpoint, tmp_path / "out" / "folder")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json not found"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"safetensors not found"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8"), "'clip'"),
+        (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), "expected a JSON object"),
+        (lambda folder: (folder / "processor_config.json").write_text("{}", encoding="utf-8"), "image processor"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(spoil, reason, tiny_checkpoint, tmp_path):
+    spoil(tiny_checkpoint)
+    with pytest.raises(ValueError, match=reason):
+        export_remote_code(tiny_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_checkpoint_brings_its_card(tmp_path, monkeypatch):
+    # The card is found by the place of the folder, whatever lies in it.
+    monkeypatch.setattr(export, "REQUIRED_FILES", ())
+    monkeypatch.setattr(export, "_checked_source", Path)
+    folder = export_checkpoint(DEFAULT_CHECKPOINT, tmp_path / "out")
+    assert "m3fm-small" in (folder / "README.md").read_text(encoding="utf-8")

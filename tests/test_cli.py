@@ -1,0 +1,399 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The command line: output, bad input, exit codes, and what it must not load or leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from m3fm import M3FMReportPipeline, cli
+from m3fm.hub import export_remote_code
+from m3fm_cli import NOTICE, main
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--max-new-tokens", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_transformers() -> Iterator[None]:
+    yield
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "chest 肺.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def report(tiny_checkpoint, capsys) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main(["report", *map(str, words), "--model", str(tiny_checkpoint), *SHORT])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def spawn(*words: object, **settings) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "m3fm", *map(str, words)], env=environment, stderr=subprocess.PIPE, **settings
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def test_json_is_what_the_pipeline_gives(report, image, tiny_checkpoint):
+    code, out, err = report(image, "--language", "both", "--format", "json")
+    write = transformers.pipeline("m3fm-report", model=str(tiny_checkpoint))
+    expected = write(str(image), language="both", generate_kwargs={"max_new_tokens": 6})
+    assert code == 0
+    assert json.loads(out) == [{"source": str(image), **expected}]
+    assert list(json.loads(out)[0]) == ["source", "modality", "report_en", "report_zh"]
+    assert err == f"{NOTICE}\n"
+    assert "肺" in out  # text, not escapes
+
+
+def test_text_has_a_block_for_each_file(report, image, tmp_path):
+    volume = tmp_path / "ct.nii"
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(-1000, 400, (20, 22, 6)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), volume)
+    code, out, err = report(image, volume, "--language", "both")
+    blocks = out.removesuffix("\n\n").split("\n\n")
+    assert code == 0
+    assert [block.splitlines()[0] for block in blocks] == [str(image), f"{volume} (ct)"]
+    assert all("\n  English\n    " in block and "\n  中文\n    " in block for block in blocks)
+    assert err == f"{NOTICE}\n"
+
+
+def test_each_format_and_batch_size_tells_the_same(report, image, tmp_path):
+    files = [image, tmp_path / "absent.png", image, image]
+    _, out, _ = report(*files, "--format", "json")
+    rows = json.loads(out)
+    _, out, _ = report(*files, "--format", "jsonl", "--batch-size", "1")
+    assert [json.loads(line) for line in out.splitlines()] == rows
+    assert [row["source"] for row in rows] == [str(file) for file in files]
+    assert rows[1] == {"source": str(files[1]), "error": "no such file (addresses are not downloaded)"}
+
+
+def test_output_file(report, image, tmp_path):
+    output = tmp_path / "reports.jsonl"
+    output.write_text("old\n" * 100, encoding="utf-8")
+    code, out, err = report(image, "--language", "zh", "--format", "jsonl", "--output", output)
+    assert (code, out) == (0, "")
+    assert [set(json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()] == [
+        {"source", "modality", "report_zh"}
+    ]
+    assert f"1 of 1 files reported in {output}" in err
+
+
+def test_wrong_options_keep_the_earlier_output(report, image, tmp_path):
+    output = tmp_path / "reports.txt"
+    output.write_text("mine", encoding="utf-8")
+    code, _, err = report(image, "--language", "fr", "--output", output)
+    assert code == 2
+    assert err == "error: Unsupported language ['fr']: expected one of ['en', 'zh', 'both'].\n"
+    assert output.read_text(encoding="utf-8") == "mine"
+    assert report(image, "--output", image)[0] == 2
+    assert report(image, "--output", tmp_path)[0] == 2
+    code, _, err = report(image, "--output", tmp_path / "absent" / "out.txt")
+    assert code == 2 and "expected a file in a folder that exists" in err
+    with Image.open(image) as left:
+        left.load()
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """Makes one file of each bad kind, and returns what has to be said of it."""
+    good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    good.save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "folder.png").mkdir()
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("The lungs are clear.", encoding="utf-8")
+    Image.new("L", (40, 40), 128).save(folder / "constant.png")
+    (folder / "half.nii.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    return {
+        "absent.png": "no such file",
+        "folder.png": "is a directory",
+        "empty.png": "empty file (0 bytes)",
+        "truncated.png": "truncated or damaged image",
+        "text.png": "not a readable image",
+        "constant.png": "blank image: every pixel has the same value",
+        "half.nii.gz": "nibabel" if not _installed("nibabel") else "truncated or damaged gzip file",
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def test_bad_files_are_named_with_the_reason_and_the_good_reported(report, image, tmp_path):
+    reasons = bad_files(tmp_path)
+    files = [str(tmp_path / name) for name in reasons]
+    code, out, err = report(image, *files, image, "--format", "json", "--batch-size", "3")
+    rows = {row["source"]: row for row in json.loads(out)}
+    assert code == 2
+    assert set(rows[str(image)]) == {"source", "modality", "report_en"}
+    for file, reason in zip(files, reasons.values(), strict=True):
+        assert reason in rows[file]["error"]
+        assert f"error: {file}: {rows[file]['error']}\n" in err
+        assert file not in rows[file]["error"]
+    assert "Traceback" not in err
+    code, out, err = report(*files)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == len(files) + 1  # the notice
+
+
+def test_dicom_without_pixels_and_no_patient_in_any_output(report, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    data = pydicom.Dataset()
+    data.PatientName, data.PatientID, data.PatientBirthDate = "Doe^Jane", "MRN-4711", "19700102"
+    data.Modality, data.SOPClassUID, data.SOPInstanceUID = "DX", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.save_as(tmp_path / "report.dcm", enforce_file_format=True)
+    data.Rows = data.Columns = 32
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.SamplesPerPixel, data.PixelRepresentation = 7, 1, 0
+    data.PhotometricInterpretation = "MONOCHROME2"
+    data.PixelData = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8).tobytes()
+    data.save_as(tmp_path / "image.dcm", enforce_file_format=True)
+    code, out, err = report(tmp_path / "report.dcm", tmp_path / "image.dcm", "--format", "json")
+    bad, good = json.loads(out)
+    assert code == 2
+    assert "DICOM without pixel data" in bad["error"]
+    assert f"error: {tmp_path / 'report.dcm'}: DICOM without pixel data" in err
+    assert good["modality"] == "cxr" and "report_en" in good
+    assert not [secret for secret in ("Doe", "Jane", "4711", "1970") if secret in out + err]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("absent", "is not a checkpoint"), ("empty", "is not a checkpoint"), ("damaged", "the model cannot be loaded")],
+)
+def test_wrong_model_folder(model, reason, image, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text(
+        '{"model_type": "m3fm", "projection_dim": "x"}', encoding="utf-8"
+    )
+    assert main(["report", str(image), "--model", str(tmp_path / model)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / model}") and reason in err
+
+
+def test_wrong_device(report, image):
+    code, _, err = report(image, "--device", "abacus")
+    assert code == 2 and err.startswith("error: --device 'abacus' cannot be used here")
+
+
+def test_traceback_on_request(image, tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        main(["--traceback", "report", str(image), "--model", str(tmp_path / "absent")])
+
+
+def test_interrupted_list_is_json_with_what_was_finished(report, image, monkeypatch):
+    def stopped(self: M3FMReportPipeline, files: Iterator[str], **settings: object) -> Iterator[dict]:
+        yield {"modality": None, "report_en": f"of {next(files)}"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(M3FMReportPipeline, "__call__", stopped)
+    code, out, err = report(image, image, "--format", "json")
+    assert code == 130
+    assert json.loads(out) == [{"source": str(image), "modality": None, "report_en": f"of {image}"}]
+    assert err.endswith("interrupted\n")
+
+
+def test_progress_bar_only_for_several_files_on_a_terminal(report, image, monkeypatch):
+    assert "file" not in report(image, image)[2].removeprefix(NOTICE)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert "2/2" in report(image, image)[2]
+    assert "1/1" not in report(image)[2]
+
+
+def test_folder_with_remote_code_needs_no_trust_here(image, tiny_checkpoint, tmp_path, capsys):
+    folder = export_remote_code(tiny_checkpoint, tmp_path / "exported")
+    assert main(["report", str(image), "--model", str(folder), "--format", "jsonl", *SHORT]) == 0
+    exported = capsys.readouterr().out
+    assert main(["report", str(image), "--model", str(tiny_checkpoint), "--format", "jsonl", *SHORT]) == 0
+    assert capsys.readouterr().out == exported
+
+
+def test_whole_command_in_a_process_of_its_own(tiny_checkpoint, image, tmp_path):
+    words = ["report", image, tmp_path / "absent.png", "--language", "zh", "--format", "jsonl", *SHORT]
+    process = spawn(*words, "--model", tiny_checkpoint, stdout=subprocess.PIPE, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    good, bad = (json.loads(line) for line in out.decode().splitlines())
+    assert process.returncode == 2
+    assert set(good) == {"source", "modality", "report_zh"} and set(bad) == {"source", "error"}
+    # Nothing of transformers' own chatter.
+    assert err.decode().splitlines() == [NOTICE, f"error: {tmp_path / 'absent.png'}: {bad['error']}"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
+def test_reader_that_goes_away_is_no_error(tiny_checkpoint, image):
+    process = spawn(
+        "report", image, image, "--batch-size", 1, *SHORT, "--model", tiny_checkpoint, stdout=subprocess.PIPE
+    )
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 141
+    assert err.splitlines() == [NOTICE]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# help and options
+
+
+@pytest.mark.parametrize("words", [["--help"], ["report", "--help"], ["report", "a.png", "--colour"], ["report"], []])
+def test_help_and_option_errors_load_nothing(words):
+    code = (
+        "import sys, m3fm_cli\ntry:\n    m3fm_cli.main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == (0 if "--help" in words else 2)
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "train", "evaluate", "export"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert text.count(f"\n  m3fm {command} ") >= 3
+    assert "exit codes:" in text
+
+
+def test_help_of_report_names_fields_and_purpose(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    text = capsys.readouterr().out
+    assert NOTICE in text
+    assert all(f"\n  {field} " in text for field in ("source", "modality", "report_en", "report_zh", "error"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["report", "a.png", "--batch-size", "0"], ["report", "a.png", "--format", "xml"], ["evaluate", "--task", "x"]],
+)
+def test_wrong_option_is_a_usage_error(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_every_command_is_done_somewhere():
+    assert set(cli.COMMANDS) == {"report", "train", "evaluate", "export"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train, evaluate, export
+
+
+def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("yaml")
+    from m3fm.training import runs
+
+    called = []
+    monkeypatch.setattr(runs, "run_recipe", lambda path, overrides: called.append((path, overrides)))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("recipe: align\noutput_dir: runs/mine\n", encoding="utf-8")
+    assert main(["train", str(recipe), "--learning_rate", "1e-4", "--seed=3"]) == 0
+    assert called[-1] == (recipe, ["--learning_rate", "1e-4", "--seed", "3"])
+    assert capsys.readouterr().err == "results are in runs/mine\n"
+    assert main(["train", "tokenizer", "--output_dir", "elsewhere"]) == 0
+    assert called[-1][0].name == "tokenizer.yaml"
+    assert capsys.readouterr().err == "results are in elsewhere\n"
+
+
+def test_train_lists_and_refuses(capsys):
+    pytest.importorskip("yaml")
+    assert main(["train", "--list"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= {"tokenizer", "align-small"}
+    assert main(["train", "absent"]) == 2
+    assert "No recipe 'absent'" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "m3fm train --list" in capsys.readouterr().err
+    assert main(["train", "tokenizer", "--seed"]) == 2
+    assert "`--name value` pairs" in capsys.readouterr().err
+
+
+def test_missing_extra_is_one_line(monkeypatch, capsys):
+    def lacking(args: object) -> int:
+        raise ImportError("sentencepiece is missing: pip install m3fm[train]")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", lacking)
+    assert main(["train", "tokenizer"]) == 2
+    assert capsys.readouterr().err == "error: sentencepiece is missing: pip install m3fm[train]\n"
+
+
+def test_evaluate_passes_options_on(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    from m3fm.evaluation import report as module
+
+    called = []
+    monkeypatch.setattr(module, "evaluate_reports", lambda *args, **options: called.append((args, options)))
+    monkeypatch.setattr(module, "evaluate_parallel", lambda *args: called.append(args) or {"retrieval": {}})
+    words = ["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*words, "--language", "en", "zh", "--split", "test", "--seed", "3"]) == 0
+    args, options = called[-1]
+    assert args == (tiny_checkpoint, str(tmp_path))
+    assert options == {
+        "languages": ["en", "zh"],
+        "output_dir": str(tmp_path / "out"),
+        "split": "test",
+        "batch_size": 8,
+        "seed": 3,
+        "device": "cpu",
+    }
+    assert main([*words, "--task", "parallel"]) == 0
+    assert called[-1] == (tiny_checkpoint, str(tmp_path), "validation", 8, "cpu")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8")) == {"retrieval": {}}
+    assert main([*words, "--task", "parallel", "--num-beams", "2"]) == 2
+    assert "takes no num_beams" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "absent")]) == 2
+    assert "no such data folder" in capsys.readouterr().err
+
+
+def test_export(tiny_checkpoint, tmp_path, capsys):
+    words = ["export", "--model", str(tiny_checkpoint)]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    assert main([*words, str(tmp_path / "code"), "--remote-code"]) == 0
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert (tmp_path / "code" / "modeling_m3fm.py").is_file()
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "code")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'code'} is not empty: expected a new or an empty folder.\n"
+
+
+def test_half_precision_checkpoint_is_computed_in_full(report, image, tiny_checkpoint, tiny_model, monkeypatch):
+    tiny_model.half().save_pretrained(tiny_checkpoint)
+    seen = []
+    monkeypatch.setattr(
+        M3FMReportPipeline, "postprocess", lambda self, _: seen.append(self.model.dtype) or [{"modality": None}]
+    )
+    assert report(image)[0] == 0
+    assert seen == [torch.float32]

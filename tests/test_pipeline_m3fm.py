@@ -1,0 +1,237 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The report pipeline: shapes of input and output, languages, batches, unreadable studies; transformers' own too."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import m3fm
+from m3fm import M3FMReportPipeline
+
+SHORT = {"max_new_tokens": 8}
+
+
+@pytest.fixture
+def write(tiny_checkpoint) -> M3FMReportPipeline:
+    return pipeline("m3fm-report", model=str(tiny_checkpoint))
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    random = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 255, (40, 30), dtype=np.uint8)).save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def volume(tmp_path) -> Path:
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(-1000, 400, (20, 22, 6)).astype(np.int16)
+    path = tmp_path / "chest.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    return path
+
+
+def test_one_study_gives_a_dict(write, images):
+    row = write(images[0], generate_kwargs=SHORT)
+    assert set(row) == {"modality", "report_en"}
+    assert row["modality"] is None
+    assert isinstance(row["report_en"], str)
+
+
+def test_written_text_is_the_models_own(write, images, tiny_checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).eval()
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    ids = model.generate(**processor(images=images, return_tensors="pt"), language="zh", **SHORT)
+    expected = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    rows = write(images, language="zh", batch_size=3, generate_kwargs=SHORT)
+    assert [row["report_zh"] for row in rows] == expected
+    assert any(expected)
+
+
+def test_list_gives_a_list_and_empty_list_an_empty_one(write, images):
+    rows = write(images[:2], generate_kwargs=SHORT)
+    assert [set(row) for row in rows] == [{"modality", "report_en"}] * 2
+    assert write([images[0]], generate_kwargs=SHORT) == rows[:1]
+    assert write([]) == []
+    assert write([], language=[]) == []
+
+
+def test_list_of_studies(write, images):
+    rows = write([images[0], images[:2], tuple(images)], batch_size=3, generate_kwargs=SHORT)
+    assert rows[1] == write([images[:2]], generate_kwargs=SHORT)[0]
+    assert len(rows) == 3
+
+
+def test_stream_reads_a_batch_at_a_time(write, images):
+    read: list[str] = []
+
+    def studies() -> Iterator[str]:
+        for path in images:
+            read.append(path)
+            yield path
+
+    rows = write(studies(), language="zh", batch_size=2, generate_kwargs=SHORT)
+    assert isinstance(rows, Iterator) and read == []
+    first = next(rows)
+    assert read == images[:2]
+    assert [first, *rows] == write(images, language="zh", generate_kwargs=SHORT)
+
+
+def test_dataset_is_a_stream(write, images):
+    class Studies(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, index: int) -> str:
+            return images[index]
+
+    rows = write(Studies(), generate_kwargs=SHORT)
+    assert isinstance(rows, Iterator)
+    assert list(rows) == write(images, generate_kwargs=SHORT)
+
+
+def test_languages_per_study(write, images):
+    rows = write(images, language=["en", "both", "zh"], batch_size=3, generate_kwargs=SHORT)
+    assert [set(row) - {"modality"} for row in rows] == [{"report_en"}, {"report_en", "report_zh"}, {"report_zh"}]
+    assert list(rows[1]) == ["modality", "report_en", "report_zh"]
+    alone = write(images[1], language="both", generate_kwargs=SHORT)
+    assert rows[1] == alone
+    assert alone["report_zh"] == write(images[1], language="zh", generate_kwargs=SHORT)["report_zh"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_batch_equals_single(write, images, batch_size):
+    studies = [images[0], images[:2], images[2], images[1:]]
+    rows = write(studies, language="both", batch_size=batch_size, generate_kwargs=SHORT)
+    assert rows == [write([study], language="both", generate_kwargs=SHORT)[0] for study in studies]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"language": "fr"}, r"Unsupported language \['fr'\]: expected one of \['en', 'zh', 'both'\]"),
+        ({"language": ["en", "de", "zh"]}, r"\['de'\]"),
+        ({"language": ["en", "zh"]}, "Expected one language or 3 of them, got 2"),
+        ({"on_error": "ignore"}, "'raise' or 'row', got 'ignore'"),
+        ({"batch_size": 0}, "batch_size to be a whole number >= 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(write, arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        write(["absent.png"] * 3, **arguments)
+
+
+def test_one_language_per_study_needs_a_list_of_studies(write, images):
+    with pytest.raises(ValueError, match="got 2"):
+        write(iter(images[:2]), language=["en", "zh"])
+
+
+def test_unreadable_study_raises(write, images):
+    with pytest.raises(ValueError, match=r"absent\.png: no such file"):
+        write([images[0], "absent.png"], generate_kwargs=SHORT)
+
+
+def test_unreadable_studies_keep_their_place(write, images, tmp_path):
+    (tmp_path / "text.png").write_text("not an image", encoding="utf-8")
+    studies = ["absent.png", images[0], [images[1], str(tmp_path / "text.png")], [], images[2], [images[0]] * 65]
+    rows = write(studies, language="zh", batch_size=4, on_error="row", generate_kwargs=SHORT)
+    assert [set(row) for row in rows] == [
+        {"error"},
+        {"modality", "report_zh"},
+        {"error"},
+        {"error"},
+        {"modality", "report_zh"},
+        {"error"},
+    ]
+    assert [rows[1], rows[4]] == write([images[0], images[2]], language="zh", generate_kwargs=SHORT)
+    assert "absent.png: no such file" in rows[0]["error"]
+    assert "text.png: not a readable image" in rows[2]["error"]
+    assert "at least one image" in rows[3]["error"]
+    assert "more than 64 images" in rows[5]["error"]
+    assert write("absent.png", on_error="row") == rows[0]
+
+
+def test_missing_reader_is_a_row_too(write, images, monkeypatch):
+    def refuse(source: str) -> None:
+        raise ImportError(f"{source}: reading DICOM needs pydicom: pip install m3fm[medical]")
+
+    read = write.processor.image_processor.read
+    monkeypatch.setattr(
+        write.processor.image_processor, "read", lambda source: refuse(source) if source == "a.dcm" else read(source)
+    )
+    rows = write(["a.dcm", images[0]], batch_size=2, on_error="row", generate_kwargs=SHORT)
+    assert "pip install" in rows[0]["error"] and "report_en" in rows[1]
+
+
+def test_volume_and_radiograph_in_one_batch(write, images, volume):
+    rows = write([volume, images[0], volume], batch_size=3, language="both", generate_kwargs=SHORT)
+    assert [row["modality"] for row in rows] == ["ct", None, "ct"]
+    assert rows[0] == rows[2] == write(volume, language="both", generate_kwargs=SHORT)
+    assert rows[1] == write(images[0], language="both", generate_kwargs=SHORT)
+
+
+def test_images_in_memory_equal_files(write, images):
+    from_file = write(images[0], generate_kwargs=SHORT)
+    with Image.open(images[0]) as image:
+        assert write(image, generate_kwargs=SHORT) == from_file
+        assert write(np.asarray(image), generate_kwargs=SHORT) == from_file
+    assert write(Path(images[0]).read_bytes(), generate_kwargs=SHORT) == from_file
+
+
+def test_settings_of_the_checkpoint_are_the_pipelines(write, tmp_path):
+    random = np.random.default_rng(0)
+    deep = random.integers(0, 3000, (28, 28)).astype(np.uint16)
+    deep[0, 0] = 65535  # one hot pixel: percentiles and the full range differ widely
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    seen = []
+    write.model.model.get_vision_features = lambda pixels: seen.append(pixels) or torch.zeros(1, 1, 5, 32)
+    for window in ([0.5, 99.5], None):
+        write.processor.image_processor.cxr_window = window
+        write(str(tmp_path / "deep.png"), generate_kwargs=SHORT)
+        expected = write.processor(images=str(tmp_path / "deep.png"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(seen[-1], expected)
+    assert not torch.equal(*seen)
+
+
+def test_generation_settings_reach_the_model(write, images):
+    count = [len(write(images[0], generate_kwargs={"max_new_tokens": n})["report_en"]) for n in (2, 20)]
+    assert count[0] < count[1]
+    assert write(images, batch_size=3, generate_kwargs={**SHORT, "num_beams": 3}) == [
+        write(image, generate_kwargs={**SHORT, "num_beams": 3}) for image in images
+    ]
+    with pytest.raises(TypeError):
+        write(images[0], num_beams=3)
+
+
+def test_shipped_checkpoint_is_the_default():
+    _, registered, _ = PIPELINE_REGISTRY.check_task("m3fm-report")
+    assert registered["default"]["model"][0] == str(m3fm.DEFAULT_CHECKPOINT)
+    assert registered["impl"] is M3FMReportPipeline
+
+
+def test_transformers_own_pipelines_run_unmodified(tiny_checkpoint, images):
+    classify = pipeline("zero-shot-image-classification", model=str(tiny_checkpoint))
+    labels = ["no pneumothorax", "肺炎"]
+    with Image.open(images[0]) as image:
+        answers = classify(image, candidate_labels=labels, hypothesis_template="{}")
+    assert {answer["label"] for answer in answers} == set(labels)
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+    inputs = AutoProcessor.from_pretrained(tiny_checkpoint)(images=images[0], text=labels, return_tensors="pt")
+    with torch.no_grad():
+        expected = classify.model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+    assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(
+        dict(zip(labels, expected, strict=True))
+    )
+    embed = pipeline("image-feature-extraction", model=str(tiny_checkpoint), return_tensors=True)
+    with torch.no_grad():
+        features = embed.model.get_image_features(inputs["pixel_values"], inputs["image_mask"])  # (1, D)
+    assert torch.equal(embed(images[0]), features)

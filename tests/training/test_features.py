@@ -1,0 +1,153 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The cache of image tokens: right values, nothing computed twice, and nothing mixed up by a killed run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3fm import M3FMImageProcessor
+from m3fm.data import Study
+from m3fm.training.features import FeatureCache
+
+
+class Tower(torch.nn.Module):
+    """Counts images; its tokens are numbers made of the pixels."""
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+        self.seen = 0
+
+    def forward(self, pixel_values: torch.Tensor):
+        self.seen += len(pixel_values) if pixel_values.any() else 0  # zeros only ask for the shape
+        tokens = pixel_values.flatten(2)[:, :, :4] * self.factor  # (b, 3, 4)
+        return type("Output", (), {"last_hidden_state": tokens})
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> list[Study]:
+    rng = np.random.default_rng(0)
+    studies = []
+    for source, count in (("first", 5), ("second", 2)):
+        (tmp_path / source).mkdir()
+        for number in range(count):
+            path = tmp_path / source / f"{number}.png"  # the same names in both sets
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+            studies.append(Study(str(number), source, "cxr", (path,), None, {}, None, None))
+    return studies
+
+
+@pytest.fixture
+def processor() -> M3FMImageProcessor:
+    return M3FMImageProcessor(size=8)
+
+
+def expected(study: Study, processor: M3FMImageProcessor) -> np.ndarray:
+    pixels = processor(list(study.images), return_tensors="np")["pixel_values"][:, 0]
+    return pixels.reshape(len(pixels), 3, -1)[:, :, :4].astype(np.float16)
+
+
+def assert_right(cache: FeatureCache, studies: list[Study], processor: M3FMImageProcessor) -> None:
+    for study in studies:
+        np.testing.assert_array_equal(cache.get(study), expected(study, processor))
+
+
+def test_tokens_are_those_of_the_tower(studies, processor, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    cache.fill(studies, batch_size=2)
+    assert_right(cache, studies, processor)
+    both = Study("x", "first", "cxr", (*studies[3].images, *studies[0].images), None, {}, None, None)
+    cache.fill([both])
+    np.testing.assert_array_equal(cache.get(both), np.concatenate([expected(studies[i], processor) for i in (3, 0)]))
+
+
+def test_nothing_is_computed_twice(studies, processor, tmp_path):
+    first = Tower()
+    cache = FeatureCache(tmp_path / "cache", first, processor)
+    cache.fill([studies[0], studies[2], studies[0]])
+    cache.fill(studies)
+    assert first.seen == len(studies)
+    assert_right(cache, studies, processor)
+
+    later = Tower()
+    again = FeatureCache(tmp_path / "cache", later, processor)
+    again.fill(list(reversed(studies)))
+    assert later.seen == 0
+    assert_right(again, studies, processor)
+
+
+def test_studies_without_images_are_passed_over(processor, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    cache.fill([Study("a", "texts", "cxr", (), None, {"en": "Clear."}, None, None)])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["tower", "processor"])
+def test_another_tower_or_preprocessing_has_its_own_files(change, studies, processor, tmp_path):
+    FeatureCache(tmp_path / "cache", Tower(), processor).fill(studies)
+    tower = Tower(2.0 if change == "tower" else 1.0)
+    other = M3FMImageProcessor(size=8, image_mean=[0.0] * 3) if change == "processor" else processor
+    cache = FeatureCache(tmp_path / "cache", tower, other)
+    cache.fill(studies)
+    assert tower.seen == len(studies)
+    assert len(list((tmp_path / "cache").iterdir())) == 8
+    np.testing.assert_array_equal(cache.get(studies[0]), expected(studies[0], other) * (2 if change == "tower" else 1))
+
+
+def files_of_first(folder: Path) -> tuple[Path, Path]:
+    (data,), (index,) = folder.glob("first-*.f16"), folder.glob("first-*.index")
+    return data, index
+
+
+@pytest.mark.parametrize("kill", ["tokens ahead", "part of a token", "half a name", "names ahead", "no tokens at all"])
+def test_a_killed_run_is_gone_on_with(kill, studies, processor, tmp_path):
+    FeatureCache(tmp_path / "cache", Tower(), processor).fill(studies[:3])
+    data, index = files_of_first(tmp_path / "cache")
+    tokens, names = data.read_bytes(), index.read_text()
+    row = len(tokens) // 3
+    left = {
+        "tokens ahead": (tokens, "0.png\n", 1),
+        "part of a token": (tokens + tokens[: row // 2], names, 3),
+        "half a name": (tokens, "0.png\n1.png\n2.p", 2),
+        "names ahead": (tokens[: row * 2 - 3], names, 1),
+        "no tokens at all": (b"", names, 0),
+    }
+    tokens, names, whole = left[kill]
+    data.write_bytes(tokens)
+    index.write_text(names)
+    tower = Tower()
+    cache = FeatureCache(tmp_path / "cache", tower, processor)
+    cache.fill(studies[:5])
+    assert tower.seen == 5 - whole
+    assert_right(cache, studies[:5], processor)
+    again = FeatureCache(tmp_path / "cache", tower, processor)
+    again.fill(studies[:5])
+    assert tower.seen == 5 - whole
+    assert_right(again, studies[:5], processor)
+
+
+def test_an_error_on_the_way_loses_nothing(studies, processor, tmp_path):
+    broken = tmp_path / "first" / "broken.png"
+    broken.write_bytes(b"not an image")
+    bad = Study("b", "first", "cxr", (broken,), None, {}, None, None)
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        cache.fill([*studies[:4], bad], batch_size=2)
+    tower = Tower()
+    again = FeatureCache(tmp_path / "cache", tower, processor)
+    again.fill(studies[:4])
+    assert tower.seen == 0
+    assert_right(again, studies[:4], processor)
+
+
+def test_a_volume_is_refused(processor, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    path = tmp_path / "ct.nii.gz"
+    rng = np.random.default_rng(0)
+    nibabel.save(nibabel.Nifti1Image(rng.integers(-1000, 400, (8, 8, 4)).astype(np.int16), np.eye(4)), path)
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    with pytest.raises(ValueError, match="one slice or view each, got a volume"):
+        cache.fill([Study("v", "volumes", "ct", (path,), None, {}, None, None)])
