@@ -228,6 +228,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a new or an empty folder")
     _add_model(parser)
     parser.add_argument("--remote-code", action="store_true", help="add the code that runs it where m3fm is missing")
+    parser.add_argument(
+        "--store-as", choices=("float16", "bfloat16"), help="halve float32 weights (default: as they are)"
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

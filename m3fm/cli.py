@@ -193,7 +193,7 @@ def export(args: Namespace) -> int:
     from .hub import export_checkpoint, export_remote_code
 
     write = export_remote_code if args.remote_code else export_checkpoint
-    sys.stderr.write(f"written: {write(_checked_model(args.model), args.folder)}\n")
+    sys.stderr.write(f"written: {write(_checked_model(args.model), args.folder, args.store_as)}\n")
     return 0
 
 

@@ -48,7 +48,7 @@ class M3FMConfig(PreTrainedConfig):
         projection_hidden_size: Width of the hidden layer between the pooled study and the shared space.
         num_prefix_tokens: Decoder positions P that one shared-space embedding is unfolded into.
         image_token_id: Placeholder id of those positions.
-        language_token_ids: Language code to the token that asks the decoder for it; its order is that of the memory.
+        language_token_ids: Language code to the token that asks the decoder for it; the memory is in their order.
         logit_scale_init_value: Initial value of the log temperature; CLIP's ln(1 / 0.07).
         support_memory_size: Embeddings M of training reports kept per language; 0 keeps none, and image embeddings
             then reach the decoder as they are.
@@ -103,7 +103,8 @@ class M3FMConfig(PreTrainedConfig):
     @property
     def languages(self) -> tuple[str, ...]:
         """Codes of the languages that the checkpoint writes, in the order of its support memory."""
-        return tuple(self.language_token_ids)
+        # By id, because JSON keeps no order of keys.
+        return tuple(sorted(self.language_token_ids, key=self.language_token_ids.get))
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)

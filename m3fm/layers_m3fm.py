@@ -64,9 +64,12 @@ class M3FMStudyPooling(nn.Module):
     def forward(self, tokens: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Pools `tokens` (B, N, S, C) of the images that `image_mask` (B, N) calls real into (B, Q, C)."""
         batch, images, per_image, width = tokens.shape
-        keys = self.norm(tokens).view(batch, images * per_image, width)
         if image_mask is not None:
-            image_mask = image_mask.bool().repeat_interleave(per_image, dim=1)[:, None]  # (B, 1, N * S)
+            image_mask = image_mask.bool()
+            # Attention alone would let a NaN of the padding through: its weight of 0 times NaN is NaN.
+            tokens = tokens.masked_fill(~image_mask[:, :, None, None], 0.0)
+            image_mask = image_mask.repeat_interleave(per_image, dim=1)[:, None]  # (B, 1, N * S)
+        keys = self.norm(tokens).view(batch, images * per_image, width)
         queries = self.queries.expand(batch, -1, -1)  # (B, Q, C)
         return nn.functional.scaled_dot_product_attention(queries, keys, keys, attn_mask=image_mask)
 

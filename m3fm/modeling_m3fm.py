@@ -151,6 +151,15 @@ class M3FMModel(M3FMPreTrainedModel):
         """Replaces the token embedding of the text encoder."""
         self.text_encoder.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resizes the token embedding of the text encoder as transformers does; the decoder keeps its vocabulary."""
+        decoder_size = self.config.text_config.vocab_size
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        # transformers notes the new size in `text_config`, the only text configuration it knows.
+        self.config.text_config.vocab_size = decoder_size
+        self.config.text_encoder_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Runs the image tower on `pixel_values` (B, N, 3, H, W) or (B, 3, H, W); returns its tokens (B, N, S, C).
 
@@ -189,10 +198,14 @@ class M3FMModel(M3FMPreTrainedModel):
             raise ValueError("Expected exactly one of pixel_values and vision_features.")
         if vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
-        if image_mask is not None and image_mask.shape != vision_features.shape[:2]:
+        width = self.config.vision_config.hidden_size
+        if vision_features.dim() != 4 or vision_features.shape[-1] != width:
             raise ValueError(
-                f"Expected image_mask of shape {tuple(vision_features.shape[:2])}, got {tuple(image_mask.shape)}."
+                f"Expected vision_features of shape (B, N, S, {width}), got {tuple(vision_features.shape)}."
             )
+        if image_mask is not None:
+            _check_image_mask(image_mask, vision_features.shape[:2])
+        vision_features = vision_features.to(self.study_pooling.queries.dtype)
         pooled = self.study_pooling(vision_features, image_mask)  # (B, Q, C)
         return nn.functional.normalize(self.visual_projection(pooled.flatten(1)), dim=-1)
 
@@ -252,6 +265,13 @@ class M3FMModel(M3FMPreTrainedModel):
         return M3FMOutput(loss, logits_per_image, logits_per_text, image_embeds, text_embeds)
 
 
+def _check_image_mask(image_mask: torch.Tensor, shape: torch.Size) -> None:
+    if image_mask.shape != shape:
+        raise ValueError(f"Expected image_mask of shape {tuple(shape)}, got {tuple(image_mask.shape)}.")
+    if not torch.compiler.is_compiling() and not image_mask.bool().any(dim=1).all():
+        raise ValueError("Expected at least one real image in every study, got an image_mask with a row of none.")
+
+
 class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
     """MultiMedLM on MultiMedCLIP: writes a report from a shared-space embedding, in the language asked for.
 
@@ -269,6 +289,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
     ```
     """
 
+    # Unlike in the other classes: `generate` is given a prompt and asks for it by this name.
+    main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
 
     def __init__(self, config: M3FMConfig):
@@ -283,8 +305,12 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         self.post_init()
         # Prompt ids are input only: were one emitted, it would be read back as a place for the image.
         never = {config.image_token_id, *config.language_token_ids.values()}
-        never |= {config.text_config.pad_token_id, config.text_config.bos_token_id} - {config.text_config.eos_token_id}
+        ends = config.text_config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        never |= {config.text_config.pad_token_id, config.text_config.bos_token_id} - ends
         self.generation_config.suppress_tokens = sorted(never - {None})
+        # The default of transformers, 20, cuts every report.
+        self.generation_config.max_new_tokens = 256
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding of the decoder."""
@@ -521,6 +547,10 @@ class M3FMForImageClassification(M3FMPreTrainedModel):
         self.classifier = nn.Linear(sources * config.projection_dim, config.num_labels)
         self.post_init()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resizes the token embedding of the text encoder."""
+        return self.model.resize_token_embeddings(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -560,6 +590,8 @@ class M3FMForImageClassification(M3FMPreTrainedModel):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.config.problem_type == "multi_label_classification" or labels.is_floating_point():
             known = ~labels.isnan()
+            if not known.any():
+                return logits.sum() * 0.0  # the mean over nothing is NaN, and would end the training
             return nn.functional.binary_cross_entropy_with_logits(logits[known], labels[known].to(logits.dtype))
         return nn.functional.cross_entropy(logits, labels)
 

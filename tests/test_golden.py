@@ -111,7 +111,9 @@ def test_outputs_are_those_of_the_artifact():
     expected, computed = load_file(ARTIFACT), compute()
     assert computed.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(computed[name], value, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            computed[name], value, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_the_artifact_tells_studies_and_languages_apart():

@@ -349,7 +349,10 @@ def test_embeddings_can_be_resized(model_class, tiny_config, tmp_path):
 
 
 ARCHITECTURES = {
-    "vision-vit": ("vision_config", {"model_type": "vit", "intermediate_size": 64, "image_size": 28, "patch_size": 14}),
+    "vision-vit": (
+        "vision_config",
+        {"model_type": "vit", "intermediate_size": 64, "image_size": 28, "patch_size": 14},
+    ),
     "text-xlm-roberta": (
         "text_encoder_config",
         {"model_type": "xlm-roberta", "intermediate_size": 64, "vocab_size": 90, "pad_token_id": 1},

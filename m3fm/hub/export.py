@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 PACKAGE = Path(__file__).parents[1]
@@ -17,6 +19,7 @@ PACKAGE = Path(__file__).parents[1]
 REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = ("generation_config.json", "model.safetensors.index.json", "README.md")
 WEIGHTS = "*.safetensors"
+STORED_DTYPES = ("float16", "bfloat16")
 
 # transformers reads the class of a model, an image processor and a processor in three different places.
 MODEL_AUTO_MAP = {
@@ -37,26 +40,29 @@ CUSTOM_PIPELINES = {
 }
 
 
-def export_checkpoint(model_dir: str | Path, output_dir: str | Path) -> Path:
+def export_checkpoint(model_dir: str | Path, output_dir: str | Path, store_as: str | None = None) -> Path:
     """Writes a checkpoint, without what else a training run left beside it, for machines where m3fm is installed.
 
-    Weights are copied as they are. The folder appears whole or not at all.
+    The folder appears whole or not at all.
 
     Args:
         model_dir: A checkpoint with its processor.
         output_dir: Made with its parents; must not exist, or be empty.
+        store_as: "float16" or "bfloat16" halves the size of float32 weights; they are computed with in the dtype that
+            the config names, as before. None copies them as they are.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If `model_dir` is not an M3FM checkpoint, or `output_dir` holds something.
+        ValueError: If `model_dir` is not an M3FM checkpoint, `output_dir` holds something, or the dtype is another.
     """
     source = _checked_source(model_dir)
-    return _write_folder(output_dir, lambda folder: _copy_checkpoint(source, folder))
+    _check_dtype(store_as)
+    return _write_folder(output_dir, lambda folder: _copy_checkpoint(source, folder, store_as))
 
 
-def export_remote_code(model_dir: str | Path, output_dir: str | Path) -> Path:
+def export_remote_code(model_dir: str | Path, output_dir: str | Path, store_as: str | None = None) -> Path:
     """Writes a checkpoint with the code that runs it, for machines with transformers, torch and pillow but not m3fm.
 
     There `AutoModel`, `AutoProcessor`, `pipeline` and the like load it with `trust_remote_code=True`. DICOM and NIfTI
@@ -65,17 +71,19 @@ def export_remote_code(model_dir: str | Path, output_dir: str | Path) -> Path:
     Args:
         model_dir: A checkpoint with its processor.
         output_dir: Made with its parents; must not exist, or be empty.
+        store_as: As for `export_checkpoint`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If `model_dir` is not an M3FM checkpoint, or `output_dir` holds something.
+        ValueError: If `model_dir` is not an M3FM checkpoint, `output_dir` holds something, or the dtype is another.
     """
     source = _checked_source(model_dir)
+    _check_dtype(store_as)
 
     def write(folder: Path) -> None:
-        _copy_checkpoint(source, folder)
+        _copy_checkpoint(source, folder, store_as)
         for path in (*_code_files(), *_legal_files()):
             shutil.copyfile(path, folder / path.name)
         config = _read_json(folder / "config.json")
@@ -124,13 +132,32 @@ def _write_folder(output_dir: str | Path, write: Callable[[Path], None]) -> Path
     return output
 
 
-def _copy_checkpoint(source: Path, folder: Path) -> None:
-    names = [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (source / name).is_file())]
-    for path in (*(source / name for name in names), *source.glob(WEIGHTS)):
-        shutil.copyfile(path, folder / path.name)
+def _check_dtype(store_as: str | None) -> None:
+    if store_as not in (None, *STORED_DTYPES):
+        raise ValueError(f"Expected weights to be stored as one of {list(STORED_DTYPES)}, got {store_as!r}.")
+
+
+def _copy_checkpoint(source: Path, folder: Path, store_as: str | None) -> None:
+    for name in (*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (source / name).is_file())):
+        shutil.copyfile(source / name, folder / name)
+    for path in source.glob(WEIGHTS):
+        if store_as is None:
+            shutil.copyfile(path, folder / path.name)
+        else:
+            _store(path, folder / path.name, getattr(torch, store_as))
     card = PACKAGE.parent / "model_cards" / f"{source.resolve().name}.md"
     if source.resolve().parent == PACKAGE / "checkpoints" and card.is_file():
         shutil.copyfile(card, folder / "README.md")
+
+
+def _store(path: Path, output: Path, dtype: torch.dtype) -> None:
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            weights[name] = weight.to(dtype)
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{path}: {name} does not fit into {dtype}.")
+    save_file(weights, output, metadata={"format": "pt"})
 
 
 def _code_files() -> list[Path]:

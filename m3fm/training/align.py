@@ -172,7 +172,8 @@ class AlignTrainer(Trainer):
                 logits = scale * text_embeds[pivot] @ text_embeds[side].t()
                 targets = soft_targets(texts.select(pivot), texts.select(side))
                 losses.append(self.recipe.translation_weight * soft_contrastive_loss(logits, *targets))
-        loss = torch.stack(losses).sum()
+        # A small batch may hold texts of one language alone, which say nothing.
+        loss = torch.stack(losses).sum() if losses else text_embeds.sum() * 0.0
         return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -231,11 +232,12 @@ class AlignValidation:
     def score(self, model: M3FMModel) -> dict[str, float]:
         """Returns recalls (`r10_image_en`, ...), `r1_en_zh`, and AUROCs per set and on average."""
         model.eval()
-        embeds = self._image_embeds(model)
-        scores = self._retrieval(model, embeds)
-        scores |= self._zero_shot(model, embeds)
-        texts = [self._embed(model, [pair.texts[language] for pair in self.pairs]) for language in self.languages]
-        if self.pairs and len(texts) > 1:
+        scores = {}
+        if self.studies:
+            embeds = self._image_embeds(model)
+            scores |= self._retrieval(model, embeds) | self._zero_shot(model, embeds)
+        if self.pairs and len(self.languages) > 1:
+            texts = [self._embed(model, [pair.texts[code] for pair in self.pairs]) for code in self.languages[:2]]
             recalls = retrieval_recall(texts[0], texts[1], ks=(1,))
             scores["r1_en_zh"] = recalls["forward"]["recall@1"]
         return scores

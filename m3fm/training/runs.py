@@ -2,6 +2,7 @@
 """Recipes from YAML to a run, and what every run leaves behind: model, facts, history, curves."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -60,7 +61,7 @@ def run_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: If the file is not such a recipe, or a field is unknown.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _read_yaml(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict) or values.get("recipe") not in KINDS:
@@ -81,13 +82,26 @@ def run_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return module.run(*parsed)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number: YAML 1.1 asks for 1.0e-4, and takes this for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     names, texts = overrides[::2], overrides[1::2]
     if len(names) != len(texts) or not all(name.startswith("--") for name in names):
         raise ValueError(f"Expected `--name value` pairs after the recipe, got {' '.join(overrides)!r}.")
     # "no" is a strategy of TrainingArguments, and only YAML 1.1 takes it for a truth value.
     words = ("no", "off", "on", "yes")
-    values = (text if text in words else yaml.safe_load(text) for text in texts)
+    values = (text if text in words else _read_yaml(text) for text in texts)
     return {name[2:]: value for name, value in zip(names, values, strict=True)}
 
 
@@ -112,6 +126,8 @@ def finish_run(
     """
     folder = Path(trainer.args.output_dir)
     (save or (lambda path: trainer.save_model(str(path))))(folder)
+    # Pickled, and naming paths of this machine: it stays in the run's own checkpoints.
+    (folder / "training_args.bin").unlink(missing_ok=True)
     history = trainer.state.log_history
     (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
     plot_curves(history, folder / "curves.png")

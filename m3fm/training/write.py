@@ -40,6 +40,7 @@ class WriteRecipe:
         model: Values of `M3FMConfig` that differ from the base's.
         cross_lingual: Share of examples that are written from their translation, where there is one.
         max_text_length: Tokens of a report; longer ones are cut at the last sentence that fits.
+        generation: Values of the checkpoint's `GenerationConfig`.
         memory_sets: Sets that the support memory is drawn from, in equal shares.
         feature_cache: Folder for the tokens of the frozen image tower.
     """
@@ -54,6 +55,7 @@ class WriteRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     cross_lingual: float = 0.5
     max_text_length: int = 160
+    generation: dict[str, Any] = field(default_factory=dict)
     memory_sets: list[str] = field(default_factory=list)
     feature_cache: str = "runs/features"
 
@@ -273,15 +275,22 @@ class WriteValidation:
 
 
 def load_texts(recipe: WriteRecipe) -> list[tuple[str, dict[str, str]]]:
-    """Returns (set, language -> text) for every training report and parallel text, repeated as the recipe says."""
+    """Returns (set, language -> text) for every training study, repeated as the recipe says.
+
+    A parallel text lends its translation to the study's own report: the paraphrase that it was translated from is not
+    how a radiologist writes, and is not learned.
+    """
     root = Path(recipe.data_root)
     groups = []
     for name, repeats in recipe.text_sets.items():
-        studies = load_studies(root / name)
-        own = [(name, s.reports) for s in studies if s.split != "validation" and s.study_id not in recipe.exclude]
-        if name in recipe.parallel_sets:
-            own += [(name, pair.texts) for pair in load_parallel(root / name) if pair.split != "validation"]
-        groups += [group for group in own if group[1]] * repeats
+        translations: dict[str, list[dict[str, str]]] = {}
+        for pair in load_parallel(root / name) if name in recipe.parallel_sets else []:
+            translations.setdefault(pair.study_id, []).append(pair.texts)
+        for study in load_studies(root / name):
+            if study.split == "validation" or study.study_id in recipe.exclude:
+                continue
+            versions = [texts | study.reports for texts in translations.get(study.study_id, [{}])]
+            groups += [(name, reports) for reports in versions if reports] * repeats
     return groups
 
 

@@ -51,9 +51,7 @@ def test_equal_texts_are_positives_in_both_directions():
 
 
 def test_between_two_reports_labels_have_no_say():
-    weights, takes_part = targets(
-        (0, 0, "cxr", {"effusion": 1.0}, True), (1, 1, "cxr", {"effusion": 1.0}, True)
-    )
+    weights, takes_part = targets((0, 0, "cxr", {"effusion": 1.0}, True), (1, 1, "cxr", {"effusion": 1.0}, True))
     assert weights == [[1, 0], [0, 1]]
     assert takes_part == [[True, True], [True, True]]
 
