@@ -167,9 +167,10 @@ def main() -> None:
     images = options.images or sorted((ROOT / "examples").glob("*.jpg"))
     machine = describe_machine(options.model, options.language, options.threads)
     results = measure(options.model, images, options.language, options.repeats, options.threads)
-    print(as_markdown(machine, results))
+    measured = {"machine": machine, "results": results, "table": as_markdown(machine, results)}
+    print(measured["table"])
     if options.output:
-        options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1), encoding="utf-8")
+        options.output.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

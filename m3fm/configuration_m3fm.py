@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
+
+_DEFAULT_MODEL_TYPES = {"vision_config": "dinov2", "text_encoder_config": "bert", "text_config": "llama"}
 
 # What transformers itself passes to or stores in any configuration, next to the declared fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -71,11 +73,8 @@ class M3FMConfig(PreTrainedConfig):
     """
 
     model_type = "m3fm"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2"),
-        "text_encoder_config": SubConfigSpec(AutoConfig, model_type="bert"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
-    }
+    # transformers 5.23 has richer specs for sub-configs; this older form is read by every supported version.
+    sub_configs: ClassVar[dict[str, type]] = dict.fromkeys(_DEFAULT_MODEL_TYPES, AutoConfig)
 
     vision_config: dict | PreTrainedConfig | None = None
     text_encoder_config: dict | PreTrainedConfig | None = None
@@ -97,6 +96,8 @@ class M3FMConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs)
         if self.language_token_ids is None:
             self.language_token_ids = {"en": 5, "zh": 6}
+        for name, model_type in _DEFAULT_MODEL_TYPES.items():
+            setattr(self, name, _build_sub_config(name, getattr(self, name), model_type))
         super().__post_init__(**kwargs)
         self._refuse_contradictions()
 
@@ -138,6 +139,17 @@ class M3FMConfig(PreTrainedConfig):
             raise ValueError(
                 f"M3FMConfig expected prompt ids inside the decoder's vocabulary of {vocab_size}, got {prompt_ids}."
             )
+
+
+def _build_sub_config(name: str, value: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    values = dict(value or {})
+    model_type = values.pop("model_type", default_type)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except ValueError as error:
+        raise ValueError(f"M3FMConfig got {name} of model_type {model_type!r}: {error}") from None
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

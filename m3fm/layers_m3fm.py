@@ -26,7 +26,7 @@ def add_noise(embeds: torch.Tensor, std: float) -> torch.Tensor:
 
 
 def cross_modality_gap(image_embeds: torch.Tensor, memory: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Carries image embeddings to the text side of the shared space: p = normalize(softmax(v Mᵀ / τ) M) (DeCap, eq. 3).
+    """Carries image embeddings to the text side of the shared space (DeCap 2023): p = normalize(softmax(v Mᵀ / τ) M).
 
     Args:
         image_embeds: v, (B, D), unit norm.

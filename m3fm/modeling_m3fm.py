@@ -57,7 +57,7 @@ class M3FMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    # Parts that may be newly initialised when a checkpoint holds none of them: a diagnosis head is the user's to train.
+    # A part that may be newly initialised when a checkpoint holds none of it: a diagnosis head is the user's to train.
     _new_head_prefix: str | None = None
 
     @torch.no_grad()
@@ -458,7 +458,7 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         return [codes[token] for token in tokens]
 
     def _embed(self, input_ids: torch.Tensor, shared_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Embeds `input_ids` (B, T) with the unfolded `shared_embeds` (B, D) at the placeholders; returns (B, T, H)."""
+        """Embeds `input_ids` (B, T), the unfolded `shared_embeds` (B, D) at the placeholders; returns (B, T, H)."""
         embeds = self.get_input_embeddings()(input_ids)
         if shared_embeds is None:
             return embeds

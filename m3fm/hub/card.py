@@ -1,5 +1,5 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""Puts measured tables into Markdown: what README and model card print is what was measured, and a test holds them to it.
+"""Puts measured tables into Markdown, so that what README and model card print is what was measured.
 
 A page marks the place of a table with `<!-- table: NAME -->` and `<!-- end -->`; the table is rendered from
 `NAME.json`, a `metrics.json` of `m3fm evaluate` or a file that brings its own `table`.

@@ -44,6 +44,7 @@ class AlignRecipe:
         freeze_vision: Whether the image tower stays as it is; its tokens are then computed once.
         feature_cache: Folder for those tokens.
         max_text_length: Tokens of a text that are read.
+        label_share: How often a study with images and a report is described by its labels instead.
         translation_weight: Weight of the loss between languages.
     """
 
@@ -59,6 +60,7 @@ class AlignRecipe:
     freeze_vision: bool = True
     feature_cache: str = "runs/features"
     max_text_length: int = 128
+    label_share: float = 0.25
     translation_weight: float = 1.0
 
 
@@ -78,19 +80,25 @@ class StudyDataset(Dataset):
 class AlignCollator:
     """Turns studies into images, texts and what the targets need to know of them.
 
-    A study without a report gets a sentence made of its labels in every language, anew each time it is drawn.
+    A study without a report gets a sentence made of its labels in every language, anew each time it is drawn; one with
+    images, a report and labels now and then, so that its findings can be asked for by name.
     """
 
     def __init__(self, processor: M3FMProcessor, languages: tuple[str, ...], recipe: AlignRecipe, cache: FeatureCache):
         self.processor = processor
         self.languages = languages
         self.max_length = recipe.max_text_length
+        self.label_share = recipe.label_share
         self.cache = cache if recipe.freeze_vision else None
         self.rng = np.random.default_rng(0)
 
     def __call__(self, studies: list[Study]) -> dict[str, Any]:
         """Collates `studies` into the inputs of `AlignTrainer`."""
-        texts = [self._texts(study) for study in studies]
+        speaks_by_labels = [self._speaks_by_labels(study) for study in studies]
+        texts = [
+            self._label_sentences(study) if by_labels else study.reports
+            for study, by_labels in zip(studies, speaks_by_labels, strict=True)
+        ]
         rows = [(i, language, text) for i, by_language in enumerate(texts) for language, text in by_language.items()]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in rows))}
         tokens = self.processor.tokenizer(
@@ -111,17 +119,18 @@ class AlignCollator:
             "modality": torch.tensor([MODALITIES.index(study.modality) for study in studies]),
             "values": torch.tensor(np.stack([values for values, _ in findings])),
             "known": torch.tensor(np.stack([known for _, known in findings])),
-            "has_report": torch.tensor([bool(study.reports) for study in studies]),
+            "has_report": ~torch.tensor(speaks_by_labels),
         }
         return batch | self._images([study for study in studies if study.images])
 
-    def _texts(self, study: Study) -> dict[str, str]:
-        if study.reports:
-            return {language: study.reports[language] for language in self.languages if language in study.reports}
+    def _speaks_by_labels(self, study: Study) -> bool:
+        if not study.findings:
+            return False
+        return not study.reports or (bool(study.images) and self.rng.random() < self.label_share)
+
+    def _label_sentences(self, study: Study) -> dict[str, str]:
         # The same seed gives the same choice of phrases in every language: the sentences are translations.
         seed = int(self.rng.integers(2**31))
-        if study.findings is None:
-            return {}
         return {
             language: finding_sentence(study.findings, language, np.random.default_rng(seed))
             for language in self.languages

@@ -1,0 +1,41 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Measured tables get into Markdown, and the committed pages hold the committed results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from m3fm.hub.card import fill_tables, main
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "model_cards" / "results" / "m3fm-small"
+PAGE = "before\n<!-- table: speed -->\nold\n<!-- end -->\nafter\n"
+
+
+def test_table_is_replaced_and_the_rest_stays(tmp_path):
+    (tmp_path / "speed.json").write_text(json.dumps({"table": "| a |\n| --- |\n| 1 |"}), encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    main([str(tmp_path), str(page)])
+    expected = "before\n<!-- table: speed -->\n| a |\n| --- |\n| 1 |\n<!-- end -->\nafter\n"
+    assert page.read_text(encoding="utf-8") == expected
+    assert fill_tables(expected, tmp_path) == expected
+
+
+def test_metrics_are_rendered(tmp_path):
+    scores = {"bleu_1": 0.5, "bleu_2": 0.4, "bleu_3": 0.3, "bleu_4": 0.25, "rouge_l": 0.6, "distinct": 1.0}
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": {"model": {"en": scores}}}), encoding="utf-8")
+    assert "| en | model | 0.500 | 0.400 | 0.300 | 0.250 | 0.600 | 1.000 |" in fill_tables(PAGE, tmp_path)
+
+
+def test_a_table_that_was_not_measured_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No results 'speed'"):
+        fill_tables(PAGE, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_cards/m3fm-small.md"])
+def test_pages_print_what_was_measured(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- table: " in page
+    assert fill_tables(page, RESULTS) == page
