@@ -98,11 +98,12 @@ examples:
       the shipped checkpoint, every language, the validation part
   m3fm evaluate --model runs/mine --data /data/cov_ctr --language zh --split test --output scores-zh
       a checkpoint of your own, in Chinese, on the test part
-  m3fm evaluate --task parallel --data /data/openi_iu_reports --output scores-parallel
-      how well a sentence finds its translation
+  m3fm evaluate --task parallel --data /data/openi_iu_reports --split all --output scores-parallel
+      how well a sentence finds its translation, in all parts of the data
 
 output: a table on the screen; in the output folder metrics.json with the scores and what they depend on, and for
---task report also run.json and predictions.jsonl (a stopped run goes on after its last line).
+--task report also run.json and predictions.jsonl (a stopped run goes on after its last line). predictions.jsonl holds
+the study ids and the reports of the data: it is as private as they are.
 
 {_EXIT_CODES}"""
 
@@ -121,6 +122,8 @@ examples:
 
 {_EXIT_CODES}"""
 
+_TRACEBACK = "show where an error was raised, for a bug report"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -137,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "train":
-        args.overrides = rest
+        args.words = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for stream in (sys.stdout, sys.stderr):
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
     parser = _Parser(prog="m3fm", description=_MAIN, epilog=_MAIN_EPILOG)
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised, for a bug report")
+    parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands.add_parser("report", help="write reports", description=_REPORT, epilog=_REPORT_EPILOG))
     _add_train(commands.add_parser("train", help="train by a recipe", description=_TRAIN, epilog=_TRAIN_EPILOG))
@@ -182,6 +185,8 @@ def build_parser() -> argparse.ArgumentParser:
             "export", help="write a checkpoint as a folder", description=_EXPORT, epilog=_EXPORT_EPILOG
         )
     )
+    for command in commands.choices.values():  # suppressed, so that it does not undo what stood before the command
+        command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=_TRACEBACK)
     return parser
 
 
@@ -202,10 +207,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
     parser.add_argument("--list", action="store_true", help="list the recipes that ship")
-    # Shown in the help only: what the parser does not know are settings.
-    parser.usage = "m3fm train [-h] [--list] RECIPE [--setting value ...]"
+    # Shown in the help only: what the parser does not know are the recipe and its settings, in whatever order.
+    parser.usage = "m3fm train [-h] [--list] [--traceback] RECIPE [--setting value ...]"
+    parser.add_argument_group(
+        "RECIPE", "A YAML file, or the name of a recipe that ships. Each --setting replaces one of its lines."
+    )
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -218,7 +225,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="reports (default), or sentence retrieval between languages",
     )
     parser.add_argument("--language", nargs="+", metavar="CODE", help="default: all that the checkpoint writes")
-    parser.add_argument("--split", default="validation", help="the part of the data (default: validation)")
+    parser.add_argument("--split", default="validation", help="default: validation; parallel text also: all")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="default: evaluation")
     parser.add_argument("--seed", type=int, help="of random reports and shuffles (default: 0)")
     _add_decoding(parser, batch_size=8)

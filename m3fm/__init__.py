@@ -8,13 +8,15 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+
+# From its module: at the top level, transformers 5.17 has a stand-in that refuses to work without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_m3fm import M3FMConfig

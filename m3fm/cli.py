@@ -2,6 +2,7 @@
 """What the commands of `m3fm` do; what may be typed stands in `m3fm_cli.py`."""
 
 import contextlib
+import itertools
 import json
 import sys
 import warnings
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from m3fm_cli import EXIT_ERROR, NOTICE
 
 from . import DEFAULT_CHECKPOINT, M3FMReportPipeline
+from .evaluation.reporter import checkpoint_folder
 
 # The name of a language in that language; one not named here goes by its code.
 LANGUAGE_NAMES = {"en": "English", "zh": "中文"}
@@ -133,8 +135,6 @@ FORMATS = {"text": _write_text, "json": _write_json, "jsonl": _write_jsonl}
 
 def train(args: Namespace) -> int:
     """Runs a recipe, or lists those that ship."""
-    import yaml
-
     from .training import runs
 
     if args.list:
@@ -142,16 +142,29 @@ def train(args: Namespace) -> int:
             first_line = path.read_text(encoding="utf-8").splitlines()[0]
             sys.stdout.write(f"{path.stem:<20} {first_line.removeprefix('#').strip()}\n")
         return 0
-    if args.recipe is None:
-        raise ValueError("Expected a recipe: a YAML file, or one of those that `m3fm train --list` shows.")
-    recipe = runs.find_recipe(args.recipe)
-    words = [part for word in args.overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    runs.run_recipe(recipe, words)
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    settings |= {name.removeprefix("--"): text for name, text in zip(words[::2], words[1::2], strict=True)}
-    if "output_dir" in settings:
-        sys.stderr.write(f"results are in {settings['output_dir']}\n")
+    recipe, settings = _split_words(args.words)
+    if recipe is None:
+        raise ValueError(
+            "Expected a recipe beside `--name value` pairs: a YAML file, or one that `m3fm train --list` shows."
+        )
+    facts = runs.run_recipe(runs.find_recipe(recipe), settings)
+    sys.stderr.write(f"results are in {facts['output_dir']}\n")
     return 0
+
+
+def _split_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """Splits words into the recipe, wherever it stands, and settings, of which `--name=value` becomes two words."""
+    recipe, settings = None, []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            settings += [name, value] if equals else [name, *itertools.islice(rest, 1)]
+        elif recipe is None:
+            recipe = word
+        else:
+            settings.append(word)
+    return recipe, settings
 
 
 def evaluate(args: Namespace) -> int:
@@ -184,7 +197,8 @@ def evaluate(args: Namespace) -> int:
         raise ValueError(f"--task {args.task} takes no {', '.join(sorted(only_reports))}.")
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / METRICS_FILE, evaluate_parallel(model, args.data, args.split, args.batch_size, device))
+    split = None if args.split == "all" else args.split
+    write_json(output / METRICS_FILE, evaluate_parallel(model, args.data, split, args.batch_size, device))
     return 0
 
 
@@ -204,10 +218,7 @@ COMMANDS = {"report": report, "train": train, "evaluate": evaluate, "export": ex
 
 
 def _checked_model(model: str | None) -> Path:
-    folder = DEFAULT_CHECKPOINT if model is None else Path(model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint: expected a folder with config.json and weights.")
-    return folder
+    return checkpoint_folder(DEFAULT_CHECKPOINT if model is None else model)
 
 
 def _checked_device(name: str) -> torch.device:

@@ -3,9 +3,10 @@
 
 import difflib
 from dataclasses import fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -20,6 +21,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "_name_or_path",
         "_commit_hash",
         "torch_dtype",
+        "quantization_config",
         "auto_map",
         "custom_pipelines",
         "use_cache",
@@ -30,10 +32,32 @@ _TRANSFORMERS_KEYS = frozenset(
         "_experts_implementation_internal",
         "experts_implementation",
         "output_attentions",
+        # `Trainer` of transformers 5.17 notes the tokenizer's here, that of later versions in `text_config`.
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
     }
 )
 
 
+_Config = TypeVar("_Config", bound=type[PreTrainedConfig])
+
+
+def _refuse_by_value_error(cls: _Config) -> _Config:
+    """Makes a wrong type, in a call or an assignment, the ValueError that any other wrong value is."""
+    set_checked = cls.__setattr__
+
+    def __setattr__(self: PreTrainedConfig, name: str, value: Any) -> None:  # noqa: N807
+        try:
+            set_checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"M3FMConfig got a wrong value. {error.__cause__}") from None
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
+@_refuse_by_value_error
 @strict
 class M3FMConfig(PreTrainedConfig):
     """Describes an M3FM checkpoint (Liu et al., npj Digital Medicine 8:86, 2025).

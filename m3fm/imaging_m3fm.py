@@ -47,8 +47,9 @@ def read_image(source: Any, percentiles: tuple[float, float] | None = DEFAULT_PE
     Args:
         source: A path (PNG, JPEG, TIFF, BMP, WebP, DICOM, NIfTI), the bytes or an open binary file of one, a PIL
             image, a numpy array or torch tensor, or a `ChestImage` (returned unchanged). Arrays: (H, W); (H, W, 3)
-            or (3, H, W) colour, uint8 or 0..1; (S, H, W) outside 0..1 is a CT volume in HU, and otherwise a stack
-            ready for display.
+            or (3, H, W) colour, uint8 or 0..1, also with a fourth channel of opacity; (S, H, W) outside 0..1 is a CT
+            volume in HU, and otherwise a stack ready for display; (H, W, 1) and (1, H, W) are (H, W). What could be
+            colour or a volume of three or four slices is refused: a `ChestImage` says which.
         percentiles: Low and high percentile that become 0 and 1 where no display range is defined; None takes the
             minimum and maximum.
 
@@ -174,6 +175,8 @@ def _read_array(array: np.ndarray, name: str, percentiles: tuple[float, float] |
     if array.size == 0:
         raise bad_source(name, f"image of size {array.shape}, expected at least one pixel")
     array = without_nan(array, name)
+    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.dtype == np.uint8:
         gray = gray_from_uint8(array)
         return finished(name, (gray if gray.ndim == 3 else gray[None]).astype(np.float32) / np.float32(255))
@@ -183,8 +186,12 @@ def _read_array(array: np.ndarray, name: str, percentiles: tuple[float, float] |
         return finished(name, pixels[None])
     if display_ready:
         return finished(name, _gray_float(array.astype(np.float32)))
-    if array.shape[-1] in (3, 4):
-        raise bad_source(name, "ambiguous: expected colour as uint8 or floats in 0..1, or a volume as (S, H, W) in HU")
+    if array.shape[-1] in (3, 4) or array.shape[0] in (3, 4):
+        raise bad_source(
+            name,
+            "ambiguous: expected colour as uint8 or floats in 0..1, not normalised; or a volume as (S, H, W) in HU, "
+            "one of 3 or 4 slices as a ChestImage",
+        )
     return finished(name, array, modality="ct", units="hu")
 
 
@@ -195,12 +202,13 @@ def _stretch_checked(array: np.ndarray, percentiles: tuple[float, float] | None,
 
 
 def _gray_float(array: np.ndarray) -> np.ndarray:
-    """Turn (3, H, W) or (H, W, 3) in 0..1 into (1, H, W); leave a stack (S, H, W) as it is."""
-    if array.shape[-1] == 3:
-        return (array @ _LUMA)[None]
-    if array.shape[0] == 3:
-        return np.tensordot(_LUMA, array, axes=1)[None]
-    return array
+    """Turn colour in 0..1, channels first or last, into (1, H, W) over black; leave a stack (S, H, W) as it is."""
+    if array.shape[-1] not in (3, 4):
+        if array.shape[0] not in (3, 4):
+            return array
+        array = np.moveaxis(array, 0, -1)
+    gray = array[..., :3] @ _LUMA
+    return (gray * array[..., 3] if array.shape[-1] == 4 else gray)[None]
 
 
 # --------------------------------------------------------------------------------------------------------------------

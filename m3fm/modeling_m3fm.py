@@ -9,267 +9,33 @@ queries, D width of the shared space, M memory entries, P prefix positions, T te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
+from .base_m3fm import M3FMModel, M3FMOutput, M3FMPreTrainedModel
 from .configuration_m3fm import M3FMConfig
-from .layers_m3fm import M3FMStudyPooling, contrastive_loss, cross_modality_gap
+from .layers_m3fm import cross_modality_gap
 
 
-@dataclass
-class M3FMOutput(ModelOutput):
-    """Output of `M3FMModel`; what was not asked for is None.
-
-    Args:
-        loss: Symmetric InfoNCE of the batch, with `return_loss=True`.
-        logits_per_image: (B_image, B_text), scaled cosine similarity.
-        logits_per_text: (B_text, B_image).
-        image_embeds: (B_image, D), unit norm.
-        text_embeds: (B_text, D), unit norm.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-
-
-class M3FMPreTrainedModel(PreTrainedModel):
-    """Loading, initialisation and the flags that transformers reads, shared by all M3FM models."""
-
-    config: M3FMConfig
-    config_class = M3FMConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    # A part that may be newly initialised when a checkpoint holds none of it: a diagnosis head is the user's to train.
-    _new_head_prefix: str | None = None
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, M3FMStudyPooling):
-            init.normal_(module.queries, std=module.queries.shape[-1] ** -0.5)
-        elif isinstance(module, M3FMModel):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-        elif isinstance(module, M3FMForReportGeneration):
-            init.zeros_(module.support_memory)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """Loads a checkpoint as `PreTrainedModel.from_pretrained` does, and refuses one that does not fit.
-
-        transformers warns about missing and unexpected weights and goes on with random ones; a report written by
-        random weights looks like a report, so this is an error here.
-
-        Raises:
-            ValueError: If weights are missing, or the checkpoint holds some that no M3FM class knows.
-        """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if cls._new_head_prefix is not None:
-            head = {key for key in model.state_dict() if key.startswith(cls._new_head_prefix)}
-            missing = missing - head if head <= missing else missing
-        if missing or unexpected:
-            raise ValueError(
-                f"The weights in {str(pretrained_model_name_or_path)!r} do not fit {cls.__name__}: "
-                f"missing {_summarise(missing)}, unexpected {_summarise(unexpected)}. "
-                "Expected a checkpoint saved by this class, or one that contains it."
-            )
-        return (model, info) if output_loading_info else model
-
-
-def _summarise(keys: set[str]) -> str:
-    shown = sorted(keys)[:3]
-    return f"{len(keys)} ({', '.join(shown)}{', ...' if len(keys) > 3 else ''})" if keys else "none"
-
-
-def _without_pooler(tower: PreTrainedModel) -> PreTrainedModel:
-    """Drops a BERT-style pooler, which nothing here reads and no loss here would train."""
-    if getattr(tower, "pooler", None) is not None:
-        tower.pooler = None
-    return tower
-
-
-class M3FMModel(M3FMPreTrainedModel):
-    """MultiMedCLIP: chest images and text in several languages on one unit sphere.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModel, AutoProcessor
-    >>> model = AutoModel.from_pretrained(m3fm.DEFAULT_CHECKPOINT)
-    >>> processor = AutoProcessor.from_pretrained(m3fm.DEFAULT_CHECKPOINT)
-    >>> inputs = processor(images="chest.png", text=["肺炎", "normal chest"], return_tensors="pt")
-    >>> model(**inputs).logits_per_image.softmax(-1)
-    ```
-    """
-
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^prefix_projector\.", r"^support_memory$", r"^classifier\."]
-
-    def __init__(self, config: M3FMConfig):
-        super().__init__(config)
-        hidden = config.projection_hidden_size
-        self.vision_model = _without_pooler(AutoModel.from_config(config.vision_config))
-        self.text_encoder = _without_pooler(AutoModel.from_config(config.text_encoder_config))
-        self.study_pooling = M3FMStudyPooling(config)
-        self.visual_projection = nn.Sequential(
-            nn.Dropout(config.projection_dropout),
-            nn.Linear(config.num_pooling_queries * config.vision_config.hidden_size, hidden),
-            nn.GELU(),
-            nn.Dropout(config.projection_dropout),
-            nn.Linear(hidden, config.projection_dim),
-        )
-        self.text_projection = nn.Linear(config.text_encoder_config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Returns the token embedding of the text encoder."""
-        return self.text_encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the token embedding of the text encoder."""
-        self.text_encoder.set_input_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resizes the token embedding of the text encoder as transformers does; the decoder keeps its vocabulary."""
-        decoder_size = self.config.text_config.vocab_size
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        # transformers notes the new size in `text_config`, the only text configuration it knows.
-        self.config.text_config.vocab_size = decoder_size
-        self.config.text_encoder_config.vocab_size = embeddings.num_embeddings
-        return embeddings
-
-    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Runs the image tower on `pixel_values` (B, N, 3, H, W) or (B, 3, H, W); returns its tokens (B, N, S, C).
-
-        With a frozen tower these can be computed once and passed on as `vision_features`.
-        """
-        if pixel_values.dim() == 4:
-            pixel_values = pixel_values.unsqueeze(1)
-        if pixel_values.dim() != 5:
-            raise ValueError(
-                f"Expected pixel_values of shape (B, N, 3, H, W) or (B, 3, H, W), got {tuple(pixel_values.shape)}."
-            )
-        batch, images = pixel_values.shape[:2]
-        tokens = self.vision_model(pixel_values=pixel_values.flatten(0, 1)).last_hidden_state  # (B * N, S, C)
-        return tokens.view(batch, images, *tokens.shape[1:])
-
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embeds studies in the shared space.
-
-        Args:
-            pixel_values: (B, N, 3, H, W), or (B, 3, H, W) for one image a study.
-            image_mask: (B, N), true where an image is real; None if all are.
-            vision_features: (B, N, S, C) from `get_vision_features`, instead of `pixel_values`.
-
-        Returns:
-            (B, D), unit norm.
-
-        Raises:
-            ValueError: If not exactly one of `pixel_values` and `vision_features` is given, or on a wrong shape.
-        """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Expected exactly one of pixel_values and vision_features.")
-        if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        width = self.config.vision_config.hidden_size
-        if vision_features.dim() != 4 or vision_features.shape[-1] != width:
-            raise ValueError(
-                f"Expected vision_features of shape (B, N, S, {width}), got {tuple(vision_features.shape)}."
-            )
-        if image_mask is not None:
-            _check_image_mask(image_mask, vision_features.shape[:2])
-        vision_features = vision_features.to(self.study_pooling.queries.dtype)
-        pooled = self.study_pooling(vision_features, image_mask)  # (B, Q, C)
-        return nn.functional.normalize(self.visual_projection(pooled.flatten(1)), dim=-1)
-
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeds texts in the shared space: the projected mean of the encoder's token states.
-
-        Args:
-            input_ids: (B, T), of any of the languages.
-            attention_mask: (B, T); None if nothing is padding.
-
-        Returns:
-            (B, D), unit norm.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, .)
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return nn.functional.normalize(self.text_projection(mean), dim=-1)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        return_loss: bool | None = None,
-    ) -> M3FMOutput:
-        """Embeds images, texts or both, and compares them where both are given.
-
-        Args:
-            pixel_values: (B, N, 3, H, W) or (B, 3, H, W).
-            input_ids: (B_text, T).
-            attention_mask: (B_text, T).
-            image_mask: (B, N).
-            vision_features: (B, N, S, C) instead of `pixel_values`.
-            return_loss: Whether to compute the contrastive loss; needs image i and text i to be a pair.
-
-        Raises:
-            ValueError: If neither images nor texts are given, or a loss is asked for without pairs.
-        """
-        has_images = pixel_values is not None or vision_features is not None
-        if not has_images and input_ids is None:
-            raise ValueError("Expected pixel_values, vision_features or input_ids, got none of them.")
-        image_embeds = self.get_image_features(pixel_values, image_mask, vision_features) if has_images else None
-        text_embeds = self.get_text_features(input_ids, attention_mask) if input_ids is not None else None
-        loss = logits_per_text = logits_per_image = None
-        if image_embeds is not None and text_embeds is not None:
-            logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.t()  # (B_image, B_text)
-            logits_per_text = logits_per_image.t()
-        if return_loss:
-            if logits_per_image is None or logits_per_image.shape[0] != logits_per_image.shape[1]:
-                raise ValueError("return_loss=True expected as many images as texts, pair by pair.")
-            loss = contrastive_loss(logits_per_image)
-        return M3FMOutput(loss, logits_per_image, logits_per_text, image_embeds, text_embeds)
-
-
-def _check_image_mask(image_mask: torch.Tensor, shape: torch.Size) -> None:
-    if image_mask.shape != shape:
-        raise ValueError(f"Expected image_mask of shape {tuple(shape)}, got {tuple(image_mask.shape)}.")
-    if not torch.compiler.is_compiling() and not image_mask.bool().any(dim=1).all():
-        raise ValueError("Expected at least one real image in every study, got an image_mask with a row of none.")
+def _default_generation(config: M3FMConfig) -> GenerationConfig:
+    """Returns how reports are written where neither the checkpoint nor the call says it."""
+    generation = GenerationConfig.from_model_config(config)
+    # Prompt ids are input only: were one emitted, it would be read back as a place for the image.
+    never = {config.image_token_id, *config.language_token_ids.values()}
+    ends = config.text_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    never |= {config.text_config.pad_token_id, config.text_config.bos_token_id} - ends
+    generation.suppress_tokens = sorted(never - {None})
+    # The default of transformers, 20, cuts every report.
+    generation.max_new_tokens = 256
+    return generation
 
 
 class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
@@ -303,14 +69,20 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         memory = torch.zeros(len(config.languages), config.support_memory_size, config.projection_dim)
         self.register_buffer("support_memory", memory)
         self.post_init()
-        # Prompt ids are input only: were one emitted, it would be read back as a place for the image.
-        never = {config.image_token_id, *config.language_token_ids.values()}
-        ends = config.text_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
-        never |= {config.text_config.pad_token_id, config.text_config.bos_token_id} - ends
-        self.generation_config.suppress_tokens = sorted(never - {None})
-        # The default of transformers, 20, cuts every report.
-        self.generation_config.max_new_tokens = 256
+        self.generation_config = _default_generation(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.zeros_(module.support_memory)
+
+    def _complete_loading(self, missing: set[str]) -> set[str]:
+        # Without generation_config.json transformers reads config.json in its place, which knows no end of a report.
+        # What this class saved is from the model's config too, but has tokens to suppress.
+        if self.generation_config._from_model_config and self.generation_config.suppress_tokens is None:
+            self.generation_config = _default_generation(self.config)
+        return set()
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding of the decoder."""
@@ -423,11 +195,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
-        if shared_embeds is None and (pixel_values is not None or vision_features is not None):
-            languages = self._languages_of(input_ids)
-            shared_embeds = self.get_shared_embeds(languages, pixel_values, image_mask, vision_features)
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, shared_embeds)
+            inputs_embeds = self._embed(input_ids, shared_embeds, pixel_values, image_mask, vision_features)
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -457,19 +226,44 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             raise ValueError(f"Expected a language token at position {self.config.num_prefix_tokens} of input_ids.")
         return [codes[token] for token in tokens]
 
-    def _embed(self, input_ids: torch.Tensor, shared_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Embeds `input_ids` (B, T), the unfolded `shared_embeds` (B, D) at the placeholders; returns (B, T, H)."""
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        shared_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Embeds `input_ids` (B, T), the unfolded embedding of texts or images at the placeholders: (B, T, H)."""
+        if shared_embeds is None and (pixel_values is not None or vision_features is not None):
+            languages = self._languages_of(input_ids)
+            shared_embeds = self.get_shared_embeds(languages, pixel_values, image_mask, vision_features)
+        places = input_ids == self.config.image_token_id  # (B, T)
+        self._check_places(places, shared_embeds)
         embeds = self.get_input_embeddings()(input_ids)
         if shared_embeds is None:
             return embeds
         prefix = self.prefix_projector(shared_embeds.to(self.prefix_projector.weight.dtype))  # (B, P * H)
-        places = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(embeds)  # (B, T, H)
-        if places.sum() != prefix.numel():
+        return embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), prefix.to(embeds.dtype))
+
+    def _check_places(self, places: torch.Tensor, shared_embeds: torch.Tensor | None) -> None:
+        """Refuses placeholders without embedding, and rows (B, T) that have another number of them than P."""
+        if torch.compiler.is_compiling():  # values are not known there
+            return
+        if shared_embeds is None:
+            if places.any():
+                raise ValueError(
+                    "Got image placeholders in input_ids and nothing to put there: expected pixel_values, "
+                    "vision_features or shared_embeds."
+                )
+            return
+        counts = places.sum(dim=1).tolist()
+        expected = [self.config.num_prefix_tokens] * len(shared_embeds)
+        if counts != expected:
             raise ValueError(
                 f"Expected {self.config.num_prefix_tokens} image placeholders in each of {len(shared_embeds)} rows, "
-                f"got {int((input_ids == self.config.image_token_id).sum())} in all."
+                f"got {counts}."
             )
-        return embeds.masked_scatter(places, prefix.to(embeds.dtype))
 
     def prepare_inputs_for_generation(
         self,
@@ -494,6 +288,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         language: str | Sequence[str] = "en",
         shared_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **generation_kwargs: Any,
     ) -> Any:
         """Writes reports; images are encoded once, whatever the length and the number of beams.
@@ -504,6 +300,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             language: One code for all studies, or one a study.
             shared_embeds: (B, D) instead of images: of a text, to translate or rewrite it.
             vision_features: (B, N, S, C) instead of `pixel_values`.
+            input_ids: Refused: the prompt is built here, from `language`.
+            attention_mask: Refused, for the same reason.
             generation_kwargs: What `GenerationMixin.generate` takes (`num_beams`, `do_sample`, `max_new_tokens`, ...).
 
         Returns:
@@ -511,8 +309,14 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             `processor.batch_decode(ids, skip_special_tokens=True)`.
 
         Raises:
-            ValueError: On an unsupported language, a wrong number of languages, or no input.
+            ValueError: On an unsupported language, a wrong number of languages, no input, or a text prompt.
         """
+        if input_ids is not None or attention_mask is not None:
+            raise ValueError(
+                "generate writes from images alone and builds its prompt from language, got input_ids or "
+                "attention_mask: call the processor without text, and pass language='en' or another code. "
+                "The pipeline for this is 'm3fm-report'."
+            )
         given = [value for value in (pixel_values, shared_embeds, vision_features) if value is not None]
         if len(given) != 1:
             raise ValueError("Expected exactly one of pixel_values, vision_features and shared_embeds.")
@@ -538,14 +342,41 @@ class M3FMForImageClassification(M3FMPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^prefix_projector\.", r"^support_memory$"]
-    _new_head_prefix = "classifier."
 
     def __init__(self, config: M3FMConfig):
         super().__init__(config)
         self.model = M3FMModel(config)
         sources = 2 if config.classifier_features == "fused" else 1
         self.classifier = nn.Linear(sources * config.projection_dim, config.num_labels)
+        # The random weight of a head that the loaded checkpoint did not hold, until the head is trained or loaded.
+        self.register_buffer("random_head", None, persistent=False)
         self.post_init()
+
+    def _complete_loading(self, missing: set[str]) -> set[str]:
+        head = {key for key in self.state_dict() if key.startswith("classifier.")}
+        if not head <= missing:
+            return set()
+        self.random_head = self.classifier.weight.detach().clone()
+        return head
+
+    def train(self, mode: bool = True) -> "M3FMForImageClassification":
+        """Sets the mode as `nn.Module.train` does; a head that has been in training mode counts as trained."""
+        if mode:
+            self.random_head = None
+        return super().train(mode)
+
+    def _refuse_random_head(self) -> None:
+        if self.random_head is None:
+            return
+        # By value, because weights come by other ways too: load_state_dict, an adapter that holds a head.
+        weight = getattr(self.classifier, "weight", None)
+        if weight is None or not torch.equal(weight, self.random_head):
+            self.random_head = None
+            return
+        raise ValueError(
+            "The diagnosis head is untrained: the checkpoint held none, and its scores would be random. Train it, or "
+            "load a checkpoint that was saved by M3FMForImageClassification."
+        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resizes the token embedding of the text encoder."""
@@ -570,8 +401,11 @@ class M3FMForImageClassification(M3FMPreTrainedModel):
             labels: (B,) class indices, or (B, L) floats for several labels at once.
 
         Raises:
-            ValueError: If the report embedding is missing where the head reads it, or given where it does not.
+            ValueError: If the report embedding is missing where the head reads it, or given where it does not; in
+                evaluation without labels, also if the head is the random one of a checkpoint that held none.
         """
+        if labels is None and not self.training:
+            self._refuse_random_head()
         reads_report = self.config.classifier_features != "image"
         if reads_report != (report_embeds is not None):
             raise ValueError(

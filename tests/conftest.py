@@ -28,9 +28,12 @@ def data_root() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_config() -> M3FMConfig:
-    """Returns a configuration that builds in milliseconds; its vocabulary is the shipped tokenizer's."""
+    """Returns a configuration that builds in milliseconds; its vocabulary is the shipped tokenizer's.
+
+    One for each test, because models write into theirs.
+    """
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**tower, "vocab_size": 8000, "intermediate_size": 64, "max_position_embeddings": 256, "pad_token_id": 0}
     return M3FMConfig(

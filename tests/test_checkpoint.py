@@ -71,7 +71,7 @@ def test_it_loads_into_every_class(precision, processor):
         embeds = AutoModel.from_pretrained(FOLDER, dtype=precision)(**inputs)
         assert embeds.logits_per_image.shape == (2, 2) and embeds.logits_per_image.isfinite().all()
         classifier = AutoModelForImageClassification.from_pretrained(FOLDER, dtype=precision, num_labels=3)
-        assert classifier(**images).logits.shape == (2, 3)
+        assert classifier(**images, labels=torch.tensor([0, 2])).logits.shape == (2, 3)
     writer = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=precision)
     assert writer.generate(**images, language="zh", max_new_tokens=3).shape[0] == 2
 

@@ -213,6 +213,15 @@ def test_traceback_on_request(image, tmp_path):
         main(["--traceback", "report", str(image), "--model", str(tmp_path / "absent")])
 
 
+def test_traceback_may_follow_the_command(image, tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        main(["report", str(image), "--traceback", "--model", str(tmp_path / "absent")])
+    with pytest.raises(ValueError, match="No recipe 'absent'"):
+        main(["train", "absent", "--seed", "3", "--traceback"])
+    with pytest.raises(ValueError, match="No recipe 'absent'"):
+        main(["--traceback", "train", "absent"])
+
+
 def test_interrupted_list_is_json_with_what_was_finished(report, image, monkeypatch):
     def stopped(self: M3FMReportPipeline, files: Iterator[str], **settings: object) -> Iterator[dict]:
         yield {"modality": None, "report_en": f"of {next(files)}"}
@@ -319,15 +328,23 @@ def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
     from m3fm.training import runs
 
     called = []
-    monkeypatch.setattr(runs, "run_recipe", lambda path, overrides: called.append((path, overrides)))
+
+    def run_recipe(path: Path, overrides: list[str]) -> dict[str, str]:
+        called.append((path, overrides))
+        return {"output_dir": "runs/mine"}
+
+    monkeypatch.setattr(runs, "run_recipe", run_recipe)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("recipe: align\noutput_dir: runs/mine\n", encoding="utf-8")
+    recipe.touch()
     assert main(["train", str(recipe), "--learning_rate", "1e-4", "--seed=3"]) == 0
     assert called[-1] == (recipe, ["--learning_rate", "1e-4", "--seed", "3"])
     assert capsys.readouterr().err == "results are in runs/mine\n"
-    assert main(["train", "tokenizer", "--output_dir", "elsewhere"]) == 0
-    assert called[-1][0].name == "tokenizer.yaml"
-    assert capsys.readouterr().err == "results are in elsewhere\n"
+    shipped = runs.RECIPES / "tokenizer.yaml"
+    for words in (["tokenizer", "--output_dir", "elsewhere"], ["--output_dir", "elsewhere", "tokenizer"]):
+        assert main(["train", *words]) == 0
+        assert called[-1] == (shipped, ["--output_dir", "elsewhere"])
+    assert main(["train", "--seed=3", "tokenizer", "--output_dir", "elsewhere"]) == 0
+    assert called[-1] == (shipped, ["--seed", "3", "--output_dir", "elsewhere"])
 
 
 def test_train_lists_and_refuses(capsys):
@@ -338,8 +355,11 @@ def test_train_lists_and_refuses(capsys):
     assert "No recipe 'absent'" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "m3fm train --list" in capsys.readouterr().err
-    assert main(["train", "tokenizer", "--seed"]) == 2
-    assert "`--name value` pairs" in capsys.readouterr().err
+    assert main(["train", "--output_dir", "elsewhere"]) == 2
+    assert "Expected a recipe beside" in capsys.readouterr().err
+    for words in (["--seed"], ["another"]):
+        assert main(["train", "tokenizer", *words]) == 2
+        assert "`--name value` pairs" in capsys.readouterr().err
 
 
 def test_missing_extra_is_one_line(monkeypatch, capsys):
@@ -372,6 +392,8 @@ def test_evaluate_passes_options_on(tiny_checkpoint, tmp_path, monkeypatch, caps
     assert main([*words, "--task", "parallel"]) == 0
     assert called[-1] == (tiny_checkpoint, str(tmp_path), "validation", 8, "cpu")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8")) == {"retrieval": {}}
+    assert main([*words, "--task", "parallel", "--split", "all"]) == 0
+    assert called[-1] == (tiny_checkpoint, str(tmp_path), None, 8, "cpu")
     assert main([*words, "--task", "parallel", "--num-beams", "2"]) == 2
     assert "takes no num_beams" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "absent")]) == 2

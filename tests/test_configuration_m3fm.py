@@ -45,10 +45,10 @@ def test_survives_a_folder_and_json(tiny_config, tmp_path):
         AutoConfig.from_pretrained(tmp_path),
         M3FMConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
     ):
-        declared = M3FMConfig.__annotations__.keys() - M3FMConfig.sub_configs_defaults - {"sub_configs_defaults"}
+        declared = M3FMConfig.__annotations__.keys() - M3FMConfig.sub_configs.keys() - {"sub_configs"}
         for name in declared | {"id2label", "num_labels", "problem_type"}:
             assert getattr(again, name) == getattr(config, name), name
-        for name in M3FMConfig.sub_configs_defaults:
+        for name in M3FMConfig.sub_configs:
             assert getattr(again, name).to_diff_dict() == getattr(config, name).to_diff_dict()
 
 
@@ -100,8 +100,30 @@ def test_contradictions_are_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"projection_dim": "256"}, {"classifier_features": "text"}, {"language_token_ids": ["en"]}]
+    ("values", "message"),
+    [
+        ({"projection_dim": "256"}, r"'projection_dim' expected int, got str \(value: '256'\)"),
+        ({"classifier_features": "text"}, r"'classifier_features' expected one of \(.*\), got text"),
+        ({"language_token_ids": ["en"]}, r"'language_token_ids' .*expected a dict, got list"),
+        ({"vision_config": 3}, "'vision_config' .*got int"),
+    ],
 )
-def test_wrong_types_are_refused(values):
-    with pytest.raises(Exception, match=next(iter(values))):
+def test_wrong_types_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
         M3FMConfig(**values)
+    with pytest.raises(ValueError, match=message):
+        M3FMConfig.from_dict(values)
+    config = M3FMConfig()
+    with pytest.raises(ValueError, match=message):
+        setattr(config, *next(iter(values.items())))
+
+
+def test_what_trainer_notes_in_a_config_can_be_loaded(tiny_config, tmp_path):
+    tiny_config.eos_token_id, tiny_config.bos_token_id, tiny_config.pad_token_id = 3, 2, 0
+    tiny_config.save_pretrained(tmp_path)
+    assert M3FMConfig.from_pretrained(tmp_path).languages == ("en", "zh")
+
+
+def test_a_quantization_is_kept():
+    config = M3FMConfig(quantization_config={"quant_method": "bitsandbytes"})
+    assert config.to_dict()["quantization_config"] == {"quant_method": "bitsandbytes"}

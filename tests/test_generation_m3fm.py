@@ -83,6 +83,12 @@ def test_a_mixed_batch_equals_each_language_alone(writer, studies):
     assert [row[PROMPT:] for row in chinese] != [row[PROMPT:] for row in english]
 
 
+def test_assisted_decoding_writes_the_same(writer, studies):
+    alone = {name: value[:1] for name, value in studies.items()}
+    expected = write(writer, alone, language="zh")
+    assert write(writer, alone, language="zh", prompt_lookup_num_tokens=3) == expected
+
+
 def test_beams_find_what_is_at_least_as_likely(writer, studies):
     def likelihood(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -183,6 +189,8 @@ def test_a_memory_of_another_shape_is_refused(tiny_model):
         ({"shared_embeds": torch.zeros(3, 16)}, "exactly one of pixel_values, vision_features and shared_embeds"),
         ({"pixel_values": None}, "exactly one of pixel_values"),
         ({"langauge": "zh"}, "langauge"),
+        ({"input_ids": torch.full((3, 6), 20)}, "call the processor without text, and pass language='en'"),
+        ({"attention_mask": torch.ones(3, 6)}, "call the processor without text"),
     ],
 )
 def test_wrong_requests_are_refused(kwargs, message, tiny_model, studies):
@@ -196,8 +204,17 @@ def test_wrong_prompts_are_refused(tiny_model, studies):
         tiny_model(**studies)
     with pytest.raises(ValueError, match="language token at position 4"):
         tiny_model(words, **studies)
-    with pytest.raises(ValueError, match="4 image placeholders in each of 3 rows, got 0"):
-        tiny_model(words, shared_embeds=normalize(torch.ones(3, 16), dim=-1))
+    embeds = normalize(torch.ones(3, 16), dim=-1)
+    with pytest.raises(ValueError, match=r"4 image placeholders in each of 3 rows, got \[0, 0, 0\]"):
+        tiny_model(words, shared_embeds=embeds)
+    prompts = torch.cat([tiny_model.build_prompt(["en"] * 3), words], dim=1)
+    with pytest.raises(ValueError, match="placeholders in input_ids and nothing to put there"):
+        tiny_model(prompts)
+    prompts[0, 0], prompts[1, -1] = 20, 4  # as many in all, and not in each row
+    with pytest.raises(ValueError, match=r"got \[3, 5, 4\]"):
+        tiny_model(prompts, shared_embeds=embeds)
+    with pytest.raises(ValueError, match=r"in each of 2 rows, got \[4, 4, 4\]"):
+        tiny_model(tiny_model.build_prompt(["en"] * 3), shared_embeds=embeds[:2])
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PretrainedConfig, ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from m3fm.image_processing_m3fm import M3FMImageProcessor, choose_slices, letterbox
 from m3fm.imaging_m3fm import ChestImage
@@ -151,7 +152,7 @@ def test_works_as_remote_code_without_the_package(tmp_path, radiograph, monkeypa
     code = """
 import sys
 sys.modules["m3fm"] = sys.modules["pydicom"] = sys.modules["nibabel"] = None  # any import of these fails
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 processor = AutoImageProcessor.from_pretrained("hub", trust_remote_code=True)
 print(processor(images="a.png", return_tensors="pt")["pixel_values"].shape)
 """

@@ -135,6 +135,25 @@ def test_float_arrays_intensity_stack_and_volume():
     assert read_image(volume).pixels.min() == pytest.approx(np.nanmin(volume))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_an_axis_of_one_is_no_volume(dtype):
+    plain = (RAMP % 256).astype(dtype)
+    expected = read_image(plain)
+    for array in (plain[..., None], plain[None]):
+        image = read_image(array)
+        np.testing.assert_array_equal(image.pixels, expected.pixels)
+        assert (image.units, image.modality) == ("intensity", None)
+
+
+def test_float_colour_with_and_without_opacity():
+    colour = np.random.default_rng(0).random((6, 8, 4), dtype=np.float32)
+    luma = colour[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
+    for channels, expected in ((3, luma), (4, luma * colour[..., 3])):
+        last = colour[..., :channels]
+        for array in (last, np.moveaxis(last, -1, 0)):
+            np.testing.assert_allclose(read_image(array).pixels, expected[None], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
@@ -146,6 +165,9 @@ def test_float_arrays_intensity_stack_and_volume():
         (np.zeros((8, 8), bool), "bool"),
         (np.array([["a"]]), "expected integers or floats"),
         (np.arange(8 * 8 * 3, dtype=np.int16).reshape(8, 8, 3), "ambiguous"),
+        (np.arange(3 * 8 * 8, dtype=np.float32).reshape(3, 8, 8), "ambiguous"),
+        (np.linspace(-2.1, 2.6, 3 * 8 * 8).reshape(3, 8, 8), "not normalised"),
+        (np.arange(4 * 8 * 8, dtype=np.int16).reshape(4, 8, 8), "3 or 4 slices as a ChestImage"),
     ],
 )
 def test_bad_arrays(array, reason):

@@ -78,7 +78,7 @@ def assert_same_state(left: PreTrainedModel, right: PreTrainedModel) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     values = json.loads((folder / "config.json").read_text())
-    for name in M3FMConfig.sub_configs_defaults:  # loading notes the precision in each part too
+    for name in M3FMConfig.sub_configs:  # loading notes the precision in each part too
         values[name].pop("dtype", None)
     return values
 
@@ -178,6 +178,68 @@ def test_a_new_head_is_for_checkpoints_without_any(tiny_config, tiny_checkpoint,
         M3FMForImageClassification.from_pretrained(folder)
 
 
+def test_only_safetensors_are_read(tiny_checkpoint):
+    torch.save(load_file(tiny_checkpoint / "model.safetensors"), tiny_checkpoint / "pytorch_model.bin")
+    (tiny_checkpoint / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        M3FMForReportGeneration.from_pretrained(tiny_checkpoint)
+
+
+def test_without_its_file_generation_has_the_defaults_of_the_class(tiny_model, tiny_checkpoint):
+    path = tiny_checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 7}))
+    assert M3FMForReportGeneration.from_pretrained(tiny_checkpoint).generation_config.max_new_tokens == 7
+    path.unlink()
+    generation = M3FMForReportGeneration.from_pretrained(tiny_checkpoint).generation_config
+    for name in ("max_new_tokens", "suppress_tokens", "eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(generation, name) == getattr(tiny_model.generation_config, name), name
+    assert generation.max_new_tokens == 256
+    path.write_text('{"eos_token_id": 3}')
+    assert M3FMForReportGeneration.from_pretrained(tiny_checkpoint).generation_config.max_new_tokens is None
+
+
+def test_a_random_head_gives_no_scores(tiny_checkpoint, tmp_path):
+    def load(folder: Path) -> M3FMForImageClassification:
+        return M3FMForImageClassification.from_pretrained(folder)
+
+    model = load(tiny_checkpoint)
+    inputs = inputs_of(model)
+    with pytest.raises(ValueError, match="diagnosis head is untrained"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="diagnosis head is untrained"):
+        load(tiny_checkpoint).to(torch.bfloat16)(**inputs)
+    assert model(**inputs, labels=torch.tensor([0, 1, 1])).loss.isfinite()
+    model.train().eval()
+    expected = logits_of(model, inputs)
+    assert "random_head" not in model.state_dict()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load(tmp_path), inputs), expected)
+    other = load(tiny_checkpoint)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other, inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+def test_a_head_that_an_adapter_holds_is_a_trained_one(tiny_checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = M3FMForImageClassification.from_pretrained(tiny_checkpoint)
+    config = peft.LoraConfig(target_modules=r".*text_encoder.*(query|value)", modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(base, config)
+    inputs = inputs_of(base)
+    adapted.train()
+    optimizer = torch.optim.SGD([each for each in adapted.parameters() if each.requires_grad], lr=0.1)
+    adapted(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
+    optimizer.step()
+    adapted.eval()
+    adapted.save_pretrained(tmp_path)
+    base = M3FMForImageClassification.from_pretrained(tiny_checkpoint)
+    with pytest.raises(ValueError, match="untrained"):
+        base(**inputs)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, adapted(**inputs).logits, **TOLERANCE)
+
+
 def test_loading_info_can_still_be_asked_for(tiny_checkpoint):
     model, info = M3FMForReportGeneration.from_pretrained(tiny_checkpoint, output_loading_info=True)
     assert isinstance(model, M3FMForReportGeneration)
@@ -220,8 +282,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(model_class, tiny_confi
     for checkpointing in (False, True):
         model = build(model_class, tiny_config)
         if checkpointing:
-            model.activation_checkpointing_enable()
-            assert model.is_activation_checkpointing
+            # transformers 5.17 has only the name that later versions deprecate.
+            enable = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            getattr(model, f"{enable}_checkpointing_enable")()
+            assert getattr(model, f"is_{enable}_checkpointing")
         model.train()
         torch.manual_seed(2)
         loss_of(model, inputs_of(model)).backward()
@@ -263,6 +327,17 @@ def test_texts_of_a_batch_equal_each_alone(tiny_config):
         for row, mask in enumerate(inputs["attention_mask"]):
             alone = model.get_text_features(inputs["input_ids"][row : row + 1, : int(mask.sum())])
             torch.testing.assert_close(alone[0], together[row], **TOLERANCE)
+
+
+def test_a_text_without_positions_is_refused(tiny_config):
+    for model_type, longest in (("bert", 24), ("xlm-roberta", 22)):
+        encoder = {**tiny_config.text_encoder_config.to_dict(), "max_position_embeddings": 24, "pad_token_id": 1}
+        model = build(M3FMModel, tiny_config, text_encoder_config={**encoder, "model_type": model_type})
+        assert model.max_text_tokens == longest
+        ids = torch.full((1, longest + 1), 20)
+        assert model.get_text_features(ids[:, 1:]).isfinite().all()
+        with pytest.raises(ValueError, match=f"at most {longest} tokens.* got {longest + 1}"):
+            model.get_text_features(ids)
 
 
 @torch.no_grad()

@@ -123,6 +123,10 @@ def test_batch_equals_single(write, images, batch_size):
         ({"language": ["en", "zh"]}, "Expected one language or 3 of them, got 2"),
         ({"on_error": "ignore"}, "'raise' or 'row', got 'ignore'"),
         ({"batch_size": 0}, "batch_size to be a whole number >= 1, got 0"),
+        ({"num_beams": 3}, r"unknown arguments \['num_beams'\]: expected \['language', .*goes into generate_kwargs"),
+        ({"generate_kwargs": {"num_return_sequences": 2}}, r"does not take \['num_return_sequences'\]"),
+        ({"generate_kwargs": {"language": "zh"}}, r"does not take \['language'\]"),
+        ({"max_new_tokens": 3, "generate_kwargs": SHORT}, "max_new_tokens twice"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(write, arguments, reason):
@@ -208,14 +212,75 @@ def test_generation_settings_reach_the_model(write, images):
     assert write(images, batch_size=3, generate_kwargs={**SHORT, "num_beams": 3}) == [
         write(image, generate_kwargs={**SHORT, "num_beams": 3}) for image in images
     ]
-    with pytest.raises(TypeError):
-        write(images[0], num_beams=3)
+    assert write(images[0], max_new_tokens=2) == write(images[0], generate_kwargs={"max_new_tokens": 2})
+
+
+def test_arguments_of_the_construction_are_the_defaults_of_calls(tiny_checkpoint, images):
+    write = pipeline(
+        "m3fm-report",
+        model=str(tiny_checkpoint),
+        language="zh",
+        batch_size=2,
+        on_error="row",
+        generate_kwargs={"num_beams": 2, **SHORT},
+    )
+    plain = pipeline("m3fm-report", model=str(tiny_checkpoint))
+    sizes = []
+    prepare = write.preprocess
+    write.preprocess = lambda studies: sizes.append(len(studies)) or prepare(studies)
+    beams = {"generate_kwargs": {"num_beams": 2, **SHORT}}
+    rows = write([*images, "absent.png"])
+    assert rows[:3] == plain(images, language="zh", **beams) and set(rows[3]) == {"error"}
+    assert sizes == [2, 1]
+    with pytest.raises(ValueError, match="no such file"):
+        write("absent.png", on_error="raise")
+    assert write(images[0], language="en", max_new_tokens=3) == plain(
+        images[0], max_new_tokens=3, generate_kwargs={"num_beams": 2}
+    )
+    assert write(images, batch_size=None) == rows[:3]
+    for wrong, reason in (({"language": "fr"}, "Unsupported language"), ({"num_beams": 2}, "generate_kwargs")):
+        with pytest.raises(ValueError, match=reason):
+            pipeline("m3fm-report", model=str(tiny_checkpoint), **wrong)
+
+
+def test_rows_and_columns_of_a_data_set_are_streams(write, images):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": images, "name": ["a", "b", "c"]})
+    expected = write(images, generate_kwargs=SHORT)
+    decoded = rows.cast_column("image", datasets.Image())
+    for stream in (rows, rows["image"], decoded, decoded["image"], rows.to_iterable_dataset(), dict.fromkeys(images)):
+        if isinstance(stream, dict):
+            stream = stream.keys()
+        written = write(stream, batch_size=2, generate_kwargs=SHORT)
+        assert isinstance(written, Iterator)
+        assert list(written) == expected
+    assert write(rows[0], generate_kwargs=SHORT) == expected[0]
+    with pytest.raises(ValueError, match=r"a row with 'image', got one with \['name'\]"):
+        write({"name": "a"})
+
+
+def test_an_open_file_is_one_study(write, images):
+    with open(images[0], "rb") as file:
+        assert write(file, generate_kwargs=SHORT) == write(images[0], generate_kwargs=SHORT)
 
 
 def test_shipped_checkpoint_is_the_default():
     _, registered, _ = PIPELINE_REGISTRY.check_task("m3fm-report")
     assert registered["default"]["model"][0] == str(m3fm.DEFAULT_CHECKPOINT)
     assert registered["impl"] is M3FMReportPipeline
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "reason"),
+    [
+        ("image-text-to-text", {"text": "Findings:"}, "without text.*m3fm-report"),
+        ("image-classification", {}, "diagnosis head is untrained"),
+    ],
+)
+def test_pipelines_that_cannot_answer_say_so(task, arguments, reason, tiny_checkpoint, images):
+    pipe = pipeline(task, model=str(tiny_checkpoint))
+    with pytest.raises(ValueError, match=reason), Image.open(images[0]) as image:
+        pipe(image, **arguments)
 
 
 def test_transformers_own_pipelines_run_unmodified(tiny_checkpoint, images):

@@ -2,7 +2,7 @@
 """Data sets of the field read through one schema: studies, their splits, and one finding space."""
 
 from .labels import FINDINGS, Finding, canonical_findings, finding_sentence, finding_table, label_vector
-from .studies import ParallelPair, Study, fingerprint, load_parallel, load_studies
+from .studies import ParallelPair, Study, fingerprint, load_parallel, load_studies, training_part
 
 __all__ = [
     "FINDINGS",
@@ -16,4 +16,5 @@ __all__ = [
     "label_vector",
     "load_parallel",
     "load_studies",
+    "training_part",
 ]

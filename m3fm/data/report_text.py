@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["clean_report", "repair_characters", "split_sentences"]
+__all__ = ["clean_report", "mentions_earlier_or_mask", "repair_characters", "split_sentences"]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
 # "1. No effusion. 2. Clear lungs." A bare number that starts an item is no sentence of its own.
@@ -68,6 +68,11 @@ def clean_report(text: str) -> str:
     kept: dict[str, str] = {}
     for sentence in split_sentences(_LIST_NUMBER.sub("", " ".join(text.split()))):
         has_word = any(character.isalpha() for character in sentence)
-        if has_word and _MASK not in sentence and not _EARLIER.search(sentence):
+        if has_word and not mentions_earlier_or_mask(sentence):
             kept.setdefault(sentence.casefold(), sentence)
     return " ".join(kept.values())
+
+
+def mentions_earlier_or_mask(text: str) -> bool:
+    """Tell whether English text compares with an earlier examination or holds a de-identification mask ("XXXX")."""
+    return _MASK in text or _EARLIER.search(text) is not None

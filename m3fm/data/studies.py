@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .labels import canonical_findings, label_column, label_sources, missing_labels_mean_none
@@ -29,10 +31,13 @@ __all__ = [
     "load_parallel",
     "load_studies",
     "read_studies",
+    "source_name",
+    "training_part",
 ]
 
 LANGUAGES = ("en", "zh")
 MODALITIES = ("cxr", "ct")
+TRAINING_SPLIT = "train"
 _IMAGE_ROWS, _TEXT_ROWS, _PARALLEL_ROWS = "metadata.jsonl", "data.jsonl", "parallel_en_zh.jsonl"
 
 # Text-only sets that leave out what holds for every row.
@@ -41,6 +46,9 @@ _FOLDER_MODALITY = {"openi_iu_reports": "cxr"}
 _UNSPLIT = {"openi_iu_reports": "train"}
 # Sets whose `patient_id` names a whole file series: the number in the file name is the patient.
 _FILE_SERIES = {"kermany_pneumonia_224": re.compile(r"IM-(\d+)")}
+# Sets without patients whose files of one paper are numbered: "12_0.jpg" and "12_1.jpg" are figures of paper 12.
+_PAPER_NUMBERED = frozenset({"cov_ctr"})
+_IDENTIFIERS = ("study_id", "patient_id")
 # medRxiv and bioRxiv numbers, as files taken from preprints are named.
 _PREPRINT = re.compile(r"^\d{4}\.\d{2}\.\d{2}\.\d+")
 
@@ -97,10 +105,12 @@ class _Row:
     values: dict[str, Any] = field(repr=False)
 
     def get(self, column: str) -> str | None:
-        """Return the text of a column, stripped; None where missing or empty."""
+        """Return the text of a column, stripped; None where missing or empty. Identifiers may be whole numbers."""
         value = self.values.get(column)
         if value is None:
             return None
+        if column in _IDENTIFIERS and type(value) is int:
+            return str(value)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: column {column!r} must be text, got {type(value).__name__}")
         return value.strip() or None
@@ -116,7 +126,9 @@ class _Row:
 
 
 def load_studies(folder: Path) -> list[Study]:
-    """Read the studies of a data folder, in file order, one per row.
+    """Read the studies of a data folder, in file order.
+
+    A row is a study; X-ray rows with the same `study_id` are the views of one. Slices of a CT are a study each.
 
     Sets that come without a validation part get the one that m3fm fixes for them (`m3fm.data.splits`).
 
@@ -128,9 +140,8 @@ def load_studies(folder: Path) -> list[Study]:
         ValueError: For a missing file, a line that is not JSON, a missing column, an unknown label or a repeated
             study, with the file and the line.
     """
-    folder = Path(folder)
     studies = read_studies(folder)
-    validation = carved_ids(folder.name)
+    validation = carved_ids(source_name(folder))
     if validation.isdisjoint(study.study_id for study in studies):
         return studies
     return [
@@ -145,14 +156,28 @@ def read_studies(folder: Path) -> list[Study]:
     path = next((folder / name for name in (_IMAGE_ROWS, _TEXT_ROWS) if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has neither {_IMAGE_ROWS} nor {_TEXT_ROWS}; expected a data folder")
+    source = source_name(folder)
     rows = list(_read_rows(path))
-    studies = [_study(row, folder, key) for row, key in zip(rows, _grouped_keys(rows, folder.name), strict=True)]
-    seen: set[str] = set()
-    for row, study in zip(rows, studies, strict=True):
-        if study.study_id in seen:
+    ids = _study_ids(rows, source)
+    studies: dict[str, Study] = {}
+    views: set[str] = set()
+    for row, study_id, key in zip(rows, ids, _grouped_keys(rows, ids, source), strict=True):
+        study = _study(row, folder, study_id, key)
+        if study_id not in studies:
+            studies[study_id] = study
+            if _is_view(row, source):
+                views.add(study_id)
+        elif study_id in views and _is_view(row, source) and study.images[0] not in studies[study_id].images:
+            studies[study_id] = _add_view(studies[study_id], study, row.where)
+        else:
             raise ValueError(f"{row.where}: the study of this row was already given by an earlier line")
-        seen.add(study.study_id)
-    return studies
+    return list(studies.values())
+
+
+def source_name(folder: Path) -> str:
+    """Return the name that the studies of a folder have as their source; that of "." is the current folder's."""
+    # Not resolved: a link may have been made to give a folder the name of a known set.
+    return Path(os.path.abspath(folder)).name
 
 
 def load_parallel(folder: Path) -> list[ParallelPair]:
@@ -175,11 +200,23 @@ def load_parallel(folder: Path) -> list[ParallelPair]:
     return list(pairs.values())
 
 
+def training_part(studies: Iterable[Study]) -> list[Study]:
+    """Keep the studies that may be trained on: those of the part "train", and of sets that state no parts at all.
+
+    Whatever else a set calls a part ("test", "validation", "unreported") is left out.
+    """
+    return [study for study in studies if study.split in (None, TRAINING_SPLIT)]
+
+
 def fingerprint(studies: Iterable[Study]) -> str:
-    """Return the SHA-256 of the studies' ids and texts as hex; their order does not matter."""
+    """Return the SHA-256 of the studies' ids, texts and image files as hex; the order of studies does not matter."""
     digest = hashlib.sha256()
     for study in sorted(studies, key=lambda study: (study.source, study.study_id)):
-        entry = [study.source, study.study_id, sorted(study.reports.items())]
+        images = []
+        for path in study.images:
+            with open(path, "rb") as file:
+                images.append(hashlib.file_digest(file, "sha256").hexdigest())
+        entry = [study.source, study.study_id, sorted(study.reports.items()), images]
         digest.update(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
@@ -209,33 +246,76 @@ def _read_rows(path: Path) -> Iterator[_Row]:
             yield _Row(where, path.name == _IMAGE_ROWS, values)
 
 
-def _study(row: _Row, folder: Path, grouped_key: str) -> Study:
+def _study_ids(rows: list[_Row], source: str) -> list[str]:
+    """Name the study of each row: by its `study_id`, or by its image file, which a slice of a CT always is."""
+    files = [
+        PurePosixPath(row.require("file_name")) if row.names_image and not _is_view(row, source) else None
+        for row in rows
+    ]
+    distinct = {file for file in files if file is not None}
+    stems = Counter(map(_stem, distinct))
+    paths = Counter(map(_bare_path, distinct))
+
+    def name(file: PurePosixPath) -> str:
+        if stems[_stem(file)] == 1:
+            return _stem(file)
+        return _bare_path(file) if paths[_bare_path(file)] == 1 else str(file)
+
+    return [name(file) if file is not None else row.require("study_id") for row, file in zip(rows, files, strict=True)]
+
+
+def _is_view(row: _Row, source: str) -> bool:
+    return row.names_image and _modality(row, source) == "cxr" and row.get("study_id") is not None
+
+
+def _add_view(study: Study, view: Study, where: str) -> Study:
+    """Add the image of a further row; what the rows tell of the study must agree, and may stand in one row alone."""
+    told = {}
+    for name in ("patient_id", "reports", "findings", "split"):
+        known, given = getattr(study, name), getattr(view, name)
+        if known and given and known != given:
+            raise ValueError(f"{where}: {name} differs from an earlier row of the same study; expected one of them")
+        told[name] = known or given
+    return replace(study, images=study.images + view.images, **told)
+
+
+def _study(row: _Row, folder: Path, study_id: str, grouped_key: str) -> Study:
+    source = source_name(folder)
     images: tuple[Path, ...] = ()
     if row.names_image:
         image = folder / row.require("file_name")
         if not image.is_file():
             raise ValueError(f"{row.where}: the file that file_name gives does not exist in {folder}")
         images = (image,)
-    modality = row.get("modality") or _FOLDER_MODALITY.get(folder.name) or row.require("modality")
-    if modality not in MODALITIES:
-        raise ValueError(f"{row.where}: modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
+    # The id of a CT, whose slices are studies, takes the patient's place.
+    examination = row.get("study_id") if images and not _is_view(row, source) else None
     return Study(
-        # Slices of one CT are a study each, so the file names the study and the CT takes the patient's place.
-        study_id=_stem(images[0]) if images else row.require("study_id"),
-        source=folder.name,
-        modality=modality,
+        study_id=study_id,
+        source=source,
+        modality=_modality(row, source),
         images=images,
-        patient_id=_patient(row, folder.name) or (row.get("study_id") if images else None),
+        patient_id=_patient(row, source) or examination,
         reports=_reports(row),
-        findings=_findings(row, folder.name),
-        split=row.get("split") or _UNSPLIT.get(folder.name),
+        findings=_findings(row, source),
+        split=row.get("split") or _UNSPLIT.get(source),
         grouped_key=grouped_key,
     )
 
 
-def _stem(image: Path) -> str:
+def _modality(row: _Row, source: str) -> str:
+    modality = row.get("modality") or _FOLDER_MODALITY.get(source) or row.require("modality")
+    if modality not in MODALITIES:
+        raise ValueError(f"{row.where}: modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
+    return modality
+
+
+def _stem(image: PurePosixPath) -> str:
     name = image.name
     return name.removesuffix(".nii.gz") if name.endswith(".nii.gz") else image.stem
+
+
+def _bare_path(image: PurePosixPath) -> str:
+    return str(image.with_name(_stem(image)))
 
 
 def _patient(row: _Row, source: str) -> str | None:
@@ -277,7 +357,7 @@ def _findings(row: _Row, folder_name: str) -> dict[str, float] | None:
         raise ValueError(f"{row.where}: {error}") from None
 
 
-def _grouped_keys(rows: list[_Row], source: str) -> list[str]:
+def _grouped_keys(rows: list[_Row], ids: list[str], source: str) -> list[str]:
     """Name the group of each row: rows that share a patient or a paper, through whatever chain, are one group."""
     parents: dict[str, str] = {}
 
@@ -286,7 +366,7 @@ def _grouped_keys(rows: list[_Row], source: str) -> list[str]:
             key = parents[key]
         return key
 
-    keys = [_group_marks(row, source) for row in rows]
+    keys = [_group_marks(row, study_id, source) for row, study_id in zip(rows, ids, strict=True)]
     for first, *others in keys:
         for other in others:
             # The smaller name wins, so that a group's name does not depend on the order of the rows.
@@ -295,15 +375,9 @@ def _grouped_keys(rows: list[_Row], source: str) -> list[str]:
     return [root(first) for first, *_ in keys]
 
 
-def _group_marks(row: _Row, source: str) -> list[str]:
-    marks = []
-    stem = _stem(Path(row.get("file_name") or ""))
-    preprint = _PREPRINT.match(stem)
+def _group_marks(row: _Row, study_id: str, source: str) -> list[str]:
+    preprint = _PREPRINT.match(PurePosixPath(row.get("file_name") or "").name)
     doi = row.get("doi") or (f"10.1101/{preprint.group()}" if preprint else None)
-    patient = _patient(row, source)
-    for kind, value in (("patient", patient), ("doi", doi), ("url", row.get("url"))):
-        if value:
-            marks.append(f"{kind}:{value}")
-    if not marks:
-        marks.append(f"study:{row.get('study_id') or stem.split('_')[0]}")
-    return marks
+    given = {"patient": _patient(row, source), "doi": doi, "url": row.get("url"), "study": row.get("study_id")}
+    marks = [f"{kind}:{value}" for kind, value in given.items() if value]
+    return marks or [f"study:{study_id.split('_')[0] if source in _PAPER_NUMBERED else study_id}"]

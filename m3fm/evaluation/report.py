@@ -1,8 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Evaluate report generation on a data folder: scores, floors, image use, retrieval, written down to be re-run.
 
-`evaluate_reports` is what `m3fm evaluate --task report` runs. Letters in shapes: B studies or texts, D width of the
-shared space, C width of the image tower.
+`evaluate_reports` is what `m3fm evaluate --task report` runs.
 """
 
 import hashlib
@@ -14,24 +13,23 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
 
-from ..data import Study, fingerprint, load_parallel, load_studies
+from ..data import Study, fingerprint, load_parallel, load_studies, training_part
+from ..data.splits import new_to
+from ..data.studies import TRAINING_SPLIT, source_name
 from .baselines import derangement, nearest_neighbors, random_reports, select_constant_report
+from .reporter import CheckpointReporter, Reporter, hash_checkpoint
 from .retrieval import retrieval_recall, same_text
 from .text_metrics import LANGUAGES, METRICS, distinct_ratio, score_reports
 
 PREDICTIONS, RUN, METRICS_FILE = "predictions.jsonl", "run.json", "metrics.json"
-TRAINING_SPLIT = "train"
 RECALL_AT = (1, 10)
-# Bookkeeping that transformers keeps among the generation settings.
-_NOT_DECODING = ("_from_model_config", "transformers_version")
-CONSTANT_CRITERION = "rouge_l"
 # One draw of random or shuffled reports for 72 studies moves BLEU-4 by 0.015: their rows are means over this many.
 REPEATS = 10
 
@@ -43,91 +41,6 @@ ROW_TITLES = {
     "nearest_neighbor_shared": "nearest neighbour, shared space",
     "nearest_neighbor_tower": "nearest neighbour, image tower",
 }
-
-
-class Reporter(Protocol):
-    """What is evaluated; each call takes one batch."""
-
-    def generate(self, studies: Sequence[Study], language: str) -> list[str]:
-        """Writes one report a study."""
-
-    def embed_studies(self, studies: Sequence[Study]) -> dict[str, np.ndarray]:
-        """Returns image features by name: "shared" (B, D), and "tower" (B, C) where there is one."""
-
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the texts in the shared space, (B, D)."""
-
-
-class CheckpointReporter:
-    """Runs a checkpoint folder, in float32, decoding without sampling.
-
-    Args:
-        model_dir: The checkpoint.
-        device: A torch device.
-        num_beams: Beams; None takes the checkpoint's generation config.
-        max_new_tokens: Longest report in tokens; None takes the checkpoint's.
-    """
-
-    def __init__(
-        self,
-        model_dir: str | Path,
-        device: str = "cpu",
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-    ):
-        folder = _checkpoint_folder(model_dir)
-        self.processor = transformers.AutoProcessor.from_pretrained(folder)
-        self.model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        self.model.to(device).eval()
-        given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-        self.decoding = {key: value for key, value in given.items() if value is not None} | {"do_sample": False}
-        self._encoded: tuple[Sequence[Study], torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def languages(self) -> list[str]:
-        """Returns the codes that the checkpoint writes."""
-        return list(self.model.config.languages)
-
-    @property
-    def decoding_settings(self) -> dict[str, Any]:
-        """Returns the settings in force, those of the checkpoint's generation config included."""
-        config = self.model.generation_config
-        named = {"num_beams": config.num_beams or 1, "max_new_tokens": config.max_new_tokens}
-        changed = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_DECODING}
-        return named | changed | self.decoding
-
-    @torch.inference_mode()
-    def generate(self, studies: Sequence[Study], language: str) -> list[str]:
-        """Writes one report a study."""
-        tokens, mask = self._encode(studies)
-        ids = self.model.generate(vision_features=tokens, image_mask=mask, language=language, **self.decoding)
-        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
-
-    @torch.inference_mode()
-    def embed_studies(self, studies: Sequence[Study]) -> dict[str, np.ndarray]:
-        """Returns "shared" (B, D), and "tower": first and mean token of the image tower, mean over images (B, 2 C)."""
-        tokens, mask = self._encode(studies)  # (B, N, S, C), (B, N)
-        shared = self.model.model.get_image_features(vision_features=tokens, image_mask=mask)
-        images = torch.cat([tokens[:, :, 0], tokens.mean(dim=2)], dim=-1)  # (B, N, 2 C)
-        weights = mask.unsqueeze(-1).to(images.dtype)
-        tower = (images * weights).sum(dim=1) / weights.sum(dim=1)
-        return {"shared": shared.float().cpu().numpy(), "tower": tower.float().cpu().numpy()}
-
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the texts in the shared space, (B, D)."""
-        inputs = self.processor(text=list(texts), return_tensors="pt").to(self.model.device)
-        features = self.model.model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-        return features.float().cpu().numpy()
-
-    def _encode(self, studies: Sequence[Study]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the image tower; the last batch is kept, for it is asked again for every language."""
-        if self._encoded is None or self._encoded[0] != studies:
-            inputs = self.processor(images=[list(study.images) for study in studies], return_tensors="pt")
-            inputs = inputs.to(self.model.device)
-            tokens = self.model.model.get_vision_features(inputs["pixel_values"])
-            self._encoded = (studies, tokens, inputs["image_mask"])
-        return self._encoded[1:]
 
 
 def evaluate_reports(
@@ -152,7 +65,7 @@ def evaluate_reports(
         data_folder: With reports in the part "train" too: the floors are chosen there.
         languages: Codes to evaluate; None: all that the checkpoint writes.
         output_dir: Made if missing.
-        split: The part to evaluate.
+        split: The part to evaluate; where not all its studies are of new patients, those are scored alone too.
         batch_size: Studies at once.
         seed: Of random reports and shuffles.
         device: A torch device.
@@ -178,13 +91,14 @@ def evaluate_reports(
     }
     output = _open_output(output_dir, run)
     rows = generate_predictions(reporter.generate, evaluated, languages, output / PREDICTIONS, batch_size)
+    is_new = new_to(training_part(studies), evaluated)
     metrics = run | {
-        "data": Path(data_folder).name,
+        "data": source_name(data_folder),
         "seed": seed,
         "device": str(device),
         "versions": _library_versions(),
         "command": _command(model_dir, data_folder, languages, output_dir, options),
-        **score_predictions(reporter, evaluated, training, rows, languages, batch_size, seed),
+        **score_predictions(reporter, evaluated, training, rows, is_new, languages, batch_size, seed),
     }
     write_json(output / METRICS_FILE, metrics)
     sys.stdout.write(render_table(metrics) + "\n")
@@ -222,10 +136,10 @@ def evaluate_parallel(
     columns = {language: [dict(row)[language] for row in texts] for language, _ in texts[0]}
     metrics = {
         "task": "parallel",
-        "data": Path(data_folder).name,
+        "data": source_name(data_folder),
         "split": split,
         "model_sha256": hash_checkpoint(model_dir),
-        "data_sha256": hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest(),
+        "data_sha256": _hash_text(json.dumps(texts, ensure_ascii=False)),
         "versions": _library_versions(),
         "retrieval": _text_retrieval(reporter, columns, batch_size),
     }
@@ -306,6 +220,7 @@ def score_predictions(
     evaluated: Sequence[Study],
     training: Sequence[Study],
     predictions: Sequence[dict[str, Any]],
+    is_new: Sequence[bool],
     languages: Sequence[str],
     batch_size: int,
     seed: int,
@@ -313,33 +228,34 @@ def score_predictions(
     """Scores predictions beside the floors, and retrieval in the shared space.
 
     Returns:
-        `rows` (name -> language -> scores), `num_studies` by language, `constant` (which report it was), `retrieval`.
+        `rows` (name -> language -> scores), `num_studies` by language, `constant` (which report it was), `retrieval`,
+        and where not all studies are new, `new_patients` with `rows` and `num_studies` of those that are.
     """
     features = _embed(reporter.embed_studies, evaluated, batch_size, "images")
     training_features = _embed(reporter.embed_studies, training, batch_size, "training images")
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    constants, num_studies, retrieval = {}, {}, {}
+    new_rows: dict[str, dict[str, dict[str, float]]] = {}
+    constants, num_studies, num_new, retrieval = {}, {}, {}, {}
     for language in languages:
         here = [i for i, study in enumerate(evaluated) if language in study.reports]
         there = [i for i, study in enumerate(training) if language in study.reports]
         references = [evaluated[i].reports[language] for i in here]
         reports = [training[i].reports[language] for i in there]
         written = [predictions[i]["prediction"][language] for i in here]
-        constant = select_constant_report(reports, language, CONSTANT_CRITERION, seed=seed)
-        constants[language] = {"study_id": training[there[constant]].study_id, "criterion": CONSTANT_CRITERION}
-        systems = {"model": [written]}
-        # Each report was written from its own image alone, without sampling. Giving the model the image of another
-        # study would make it write that study's report again, so permuting reports is generating on permuted images.
-        shuffles = [derangement(len(here), seed + repeat) for repeat in range(REPEATS)]
-        systems["shuffled_images"] = [[written[i] for i in order] for order in shuffles]
-        systems["constant_report"] = [[reports[constant]] * len(here)]
+        constant = reports[select_constant_report(reports, language, seed=seed)]
+        # Its text, for an id may be a patient's.
+        constants[language] = {"report_sha256": _hash_text(constant), "criterion": "rouge_l"}
+        systems = _image_use(written, constant, seed)
         systems["random_report"] = [random_reports(reports, len(here), seed + repeat) for repeat in range(REPEATS)]
         for space, matrix in features.items():
             nearest = nearest_neighbors(matrix[here], training_features[space][there])
             systems[f"nearest_neighbor_{space}"] = [[reports[i] for i in nearest]]
-        for name, trials in systems.items():
-            rows.setdefault(name, {})[language] = _mean_scores(trials, references, language)
-        num_studies[language] = len(here)
+        _add_scores(rows, systems, references, language)
+        new = [place for place, i in enumerate(here) if is_new[i]]
+        num_studies[language], num_new[language] = len(here), len(new)
+        if 2 <= len(new) < len(here):
+            systems = _image_use([written[place] for place in new], constant, seed)
+            _add_scores(new_rows, systems, [references[place] for place in new], language)
         texts = _embed_texts(reporter, references, batch_size)
         retrieval[f"image-{language}"] = retrieval_recall(
             features["shared"][here], texts, RECALL_AT, same_text(references)
@@ -348,7 +264,30 @@ def score_predictions(
     if common and len(languages) > 1:
         columns = {language: [reports[language] for reports in common] for language in languages}
         retrieval |= _text_retrieval(reporter, columns, batch_size)
-    return {"rows": rows, "num_studies": num_studies, "constant": constants, "retrieval": retrieval}
+    scores = {"rows": rows, "num_studies": num_studies, "constant": constants, "retrieval": retrieval}
+    return scores if num_new == num_studies else scores | {"new_patients": {"rows": new_rows, "num_studies": num_new}}
+
+
+def _image_use(written: Sequence[str], constant: str, seed: int) -> dict[str, list[list[str]]]:
+    """Returns what is compared to see whether images are looked at; each row has one or several trials."""
+    # Each report was written from its own image alone, without sampling. Giving the model the image of another study
+    # would make it write that study's report again, so permuting reports is generating on permuted images.
+    shuffles = [derangement(len(written), seed + repeat) for repeat in range(REPEATS)]
+    return {
+        "model": [list(written)],
+        "shuffled_images": [[written[i] for i in order] for order in shuffles],
+        "constant_report": [[constant] * len(written)],
+    }
+
+
+def _add_scores(
+    rows: dict[str, dict[str, dict[str, float]]],
+    systems: dict[str, list[list[str]]],
+    references: Sequence[str],
+    language: str,
+) -> None:
+    for name, trials in systems.items():
+        rows.setdefault(name, {})[language] = _mean_scores(trials, references, language)
 
 
 def _mean_scores(trials: Sequence[Sequence[str]], references: Sequence[str], language: str) -> dict[str, float]:
@@ -409,16 +348,15 @@ def render_table(metrics: dict[str, Any]) -> str:
     """Renders metrics as Markdown: the scores of each language, then retrieval.
 
     Args:
-        metrics: As in `metrics.json`; `rows` and `retrieval` are read, either may be missing.
+        metrics: As in `metrics.json`; `rows`, `new_patients` and `retrieval` are read, each may be missing.
     """
     tables = []
     if rows := metrics.get("rows"):
-        columns = [*METRICS, "distinct"]
-        lines = [["language", "reports", *columns]]
+        lines = [["language", "reports", *METRICS, "distinct"]]
         for language in dict.fromkeys(code for by_language in rows.values() for code in by_language):
-            for name, by_language in rows.items():
-                scores = [f"{by_language[language][column]:.3f}" for column in columns]
-                lines.append([language, ROW_TITLES.get(name, name), *scores])
+            lines += _score_lines(rows, language)
+            if new := metrics.get("new_patients"):
+                lines += _score_lines(new["rows"], language, f", new patients ({new['num_studies'][language]})")
         tables.append(_table(lines))
     if retrieval := metrics.get("retrieval"):
         kinds = [(kind, k) for k in RECALL_AT for kind in ("recall", "chance")]
@@ -433,6 +371,18 @@ def render_table(metrics: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def _score_lines(rows: dict[str, dict[str, dict[str, float]]], language: str, suffix: str = "") -> list[list[str]]:
+    return [
+        [
+            language,
+            ROW_TITLES.get(name, name) + suffix,
+            *(f"{scores[column]:.3f}" for column in (*METRICS, "distinct")),
+        ]
+        for name, by_language in rows.items()
+        if (scores := by_language.get(language))
+    ]
+
+
 def _table(lines: Sequence[Sequence[str]]) -> str:
     head, *body = lines
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
@@ -443,24 +393,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)
-
-
-def hash_checkpoint(model_dir: str | Path) -> str:
-    """Returns the SHA-256 over the weights and settings of a checkpoint folder, as hex."""
-    digest = hashlib.sha256()
-    folder = _checkpoint_folder(model_dir)
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _checkpoint_folder(model_dir: str | Path) -> Path:
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint: expected a folder with config.json and weights.")
-    return folder
 
 
 def _open_output(output_dir: str | Path, run: dict[str, Any]) -> Path:
@@ -481,6 +413,10 @@ def _open_output(output_dir: str | Path, run: dict[str, Any]) -> Path:
     else:
         write_json(record, run)
     return output
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _library_versions() -> dict[str, str]:

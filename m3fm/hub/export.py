@@ -16,8 +16,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 PACKAGE = Path(__file__).parents[1]
 
 # What a checkpoint is made of. A folder of a training run holds more: optimizer states, curves, intermediate steps.
-REQUIRED_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL_FILES = ("generation_config.json", "model.safetensors.index.json", "README.md")
+REQUIRED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+OPTIONAL_FILES = ("model.safetensors.index.json", "README.md")
 WEIGHTS = "*.safetensors"
 STORED_DTYPES = ("float16", "bfloat16")
 

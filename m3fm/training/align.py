@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, Training
 
 from ..configuration_m3fm import M3FMConfig
 from ..data import ParallelPair, Study, finding_sentence, finding_table, label_vector, load_parallel, load_studies
+from ..data.studies import training_part
 from ..evaluation.retrieval import retrieval_recall, same_text
 from ..image_processing_m3fm import M3FMImageProcessor
 from ..modeling_m3fm import M3FMModel
 from ..processing_m3fm import M3FMProcessor
 from .features import FeatureCache
 from .losses import Items, soft_contrastive_loss, soft_targets
-from .runs import finish_run, latest_checkpoint
+from .runs import batch_generator, check_single_device, finish_run, train_or_resume
 
 MODALITIES = ("cxr", "ct")
 
@@ -46,6 +47,7 @@ class AlignRecipe:
         max_text_length: Tokens of a text that are read.
         label_share: How often a study with images and a report is described by its labels instead.
         translation_weight: Weight of the loss between languages.
+        translation_temperature: Its temperature, which is not learned.
     """
 
     data_root: str = "../shared/data"
@@ -62,6 +64,7 @@ class AlignRecipe:
     max_text_length: int = 128
     label_share: float = 0.25
     translation_weight: float = 1.0
+    translation_temperature: float = 0.03
 
 
 class StudyDataset(Dataset):
@@ -90,13 +93,13 @@ class AlignCollator:
         self.max_length = recipe.max_text_length
         self.label_share = recipe.label_share
         self.cache = cache if recipe.freeze_vision else None
-        self.rng = np.random.default_rng(0)
 
     def __call__(self, studies: list[Study]) -> dict[str, Any]:
         """Collates `studies` into the inputs of `AlignTrainer`."""
-        speaks_by_labels = [self._speaks_by_labels(study) for study in studies]
+        rng = batch_generator()
+        speaks_by_labels = [self._speaks_by_labels(study, rng) for study in studies]
         texts = [
-            self._label_sentences(study) if by_labels else study.reports
+            self._label_sentences(study, rng) if by_labels else self._reports(study)
             for study, by_labels in zip(studies, speaks_by_labels, strict=True)
         ]
         rows = [(i, language, text) for i, by_language in enumerate(texts) for language, text in by_language.items()]
@@ -123,14 +126,17 @@ class AlignCollator:
         }
         return batch | self._images([study for study in studies if study.images])
 
-    def _speaks_by_labels(self, study: Study) -> bool:
+    def _reports(self, study: Study) -> dict[str, str]:
+        return {language: study.reports[language] for language in self.languages if language in study.reports}
+
+    def _speaks_by_labels(self, study: Study, rng: np.random.Generator) -> bool:
         if not study.findings:
             return False
-        return not study.reports or (bool(study.images) and self.rng.random() < self.label_share)
+        return not self._reports(study) or (bool(study.images) and rng.random() < self.label_share)
 
-    def _label_sentences(self, study: Study) -> dict[str, str]:
+    def _label_sentences(self, study: Study, rng: np.random.Generator) -> dict[str, str]:
         # The same seed gives the same choice of phrases in every language: the sentences are translations.
-        seed = int(self.rng.integers(2**31))
+        seed = int(rng.integers(2**31))
         return {
             language: finding_sentence(study.findings, language, np.random.default_rng(seed))
             for language in self.languages
@@ -162,28 +168,42 @@ class AlignTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Computes image-English, image-Chinese and English-Chinese alignment of one mixed batch."""
-        image_names = [name for name in ("vision_features", "pixel_values", "image_mask") if name in inputs]
-        image_embeds = model.get_image_features(**{n: inputs[n] for n in image_names}) if image_names else None
-        text_embeds = _embed_by_length(model, inputs["input_ids"], inputs["attention_mask"])  # (J, D)
+        # Not through `model(...)`, which would wrap this in autocast: texts are embedded in several calls.
+        with self.accelerator.autocast():
+            image_names = [name for name in ("vision_features", "pixel_values", "image_mask") if name in inputs]
+            image_embeds = model.get_image_features(**{n: inputs[n] for n in image_names}) if image_names else None
+            text_embeds = _embed_by_length(model, inputs["input_ids"], inputs["attention_mask"])  # (J, D)
+        losses = self._losses(inputs, image_embeds, text_embeds, model.logit_scale.exp())
+        # A small batch may hold texts of one language alone, which say nothing.
+        loss = torch.stack(losses).sum() if losses else text_embeds.sum() * 0.0
+        return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
+
+    def _losses(
+        self,
+        inputs: dict[str, torch.Tensor],
+        image_embeds: torch.Tensor | None,
+        text_embeds: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> list[torch.Tensor]:
         texts = _text_items(inputs)
-        scale = model.logit_scale.exp()
-        losses = []
+        text_embeds = text_embeds.float()
         sides = [inputs["text_language"] == language for language in range(len(self.validation.languages))]
+        losses = []
         if image_embeds is not None:
             images = _image_items(inputs)
             for side in sides:
                 if side.any():
-                    targets = soft_targets(images, texts.select(side))
-                    losses.append(soft_contrastive_loss(scale * image_embeds @ text_embeds[side].t(), *targets))
+                    logits = scale * image_embeds.float() @ text_embeds[side].t()
+                    losses.append(soft_contrastive_loss(logits, *soft_targets(images, texts.select(side))))
         pivot = sides[0]
         for side in sides[1:]:
             if side.any() and pivot.any():
-                logits = scale * text_embeds[pivot] @ text_embeds[side].t()
+                # The learned temperature is held high by label targets, to which many studies are alike; translations
+                # are one to one and need a low one.
+                logits = text_embeds[pivot] @ text_embeds[side].t() / self.recipe.translation_temperature
                 targets = soft_targets(texts.select(pivot), texts.select(side))
                 losses.append(self.recipe.translation_weight * soft_contrastive_loss(logits, *targets))
-        # A small batch may hold texts of one language alone, which say nothing.
-        loss = torch.stack(losses).sum() if losses else text_embeds.sum() * 0.0
-        return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
+        return losses
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes a step with CLIP's ceiling of 100 on the inverse temperature."""
@@ -311,14 +331,19 @@ def load_training_studies(recipe: AlignRecipe) -> tuple[list[Study], list[Study]
     """Returns the training studies (repeated as the recipe says), the validation studies and the held-apart pairs."""
     root = Path(recipe.data_root)
     train, validation, held_apart = [], [], []
+    excluded = set(recipe.exclude)
     for name, repeats in {**recipe.image_sets, **recipe.text_sets}.items():
         studies = load_studies(root / name)
+        excluded -= {study.study_id for study in studies}
+        studies = [study for study in studies if study.study_id not in recipe.exclude]
         if name in recipe.parallel_sets:
             studies, pairs = _with_translations(studies, load_parallel(root / name))
             held_apart += pairs
-        usable = [s for s in studies if (s.reports or s.findings) and s.study_id not in recipe.exclude]
+        usable = [study for study in studies if study.reports or study.findings]
         validation += [study for study in usable if study.split == "validation"]
-        train += [study for study in usable if study.split != "validation"] * repeats
+        train += training_part(usable) * repeats
+    if excluded:
+        raise ValueError(f"Expected every id of `exclude` to be that of a study, {len(excluded)} of them are not.")
     return train, validation, held_apart
 
 
@@ -328,7 +353,7 @@ def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple
     added = []
     for number, pair in enumerate(pairs):
         study = by_id.get(pair.study_id)
-        if pair.split == "validation" or study is None:
+        if study is None:
             continue
         added.append(
             Study(
@@ -352,7 +377,9 @@ def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
     processor = M3FMProcessor(M3FMImageProcessor(**recipe.processor), tokenizer)
     vision_config = AutoConfig.from_pretrained(recipe.vision_model)
     model = M3FMModel(M3FMConfig(vision_config=vision_config, **recipe.model))
-    model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32)
+    positions = getattr(model.config.text_encoder_config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32, use_safetensors=True)
     model.vision_model.requires_grad_(not recipe.freeze_vision)
     return model, processor
 
@@ -361,13 +388,13 @@ def run(recipe: AlignRecipe, arguments: TrainingArguments) -> dict[str, Any]:
     """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves.
 
     Raises:
-        ValueError: In a run of several processes, whose batches would not see each other's negatives.
+        ValueError: In a run on several devices, whose batches would not see each other's negatives.
     """
-    if arguments.world_size > 1:
-        raise ValueError(f"Stage 1 trains in one process, got {arguments.world_size}.")
+    check_single_device(arguments)
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False
     model, processor = build_model(recipe)
+    model.to(arguments.device)
     train, validation_studies, pairs = load_training_studies(recipe)
     cache = FeatureCache(Path(recipe.feature_cache), model.vision_model, processor.image_processor)
     if recipe.freeze_vision:
@@ -384,7 +411,7 @@ def run(recipe: AlignRecipe, arguments: TrainingArguments) -> dict[str, Any]:
         recipe=recipe,
         validation=validation,
     )
-    trainer.train(resume_from_checkpoint=latest_checkpoint(arguments.output_dir))
+    train_or_resume(trainer, recipe)
     facts = {
         "stage": "align",
         "vision": "frozen, tokens cached" if recipe.freeze_vision else "trained",

@@ -3,17 +3,20 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+# Arguments that make a run what it is; how long it runs and how often it looks up may change when it is resumed.
+FIXED_ARGUMENTS = ("seed", "learning_rate", "per_device_train_batch_size", "bf16", "weight_decay", "max_grad_norm")
+LENGTH_ARGUMENTS = ("num_train_epochs", "max_steps")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -105,40 +108,82 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return {name[2:]: value for name, value in zip(names, values, strict=True)}
 
 
-def latest_checkpoint(output_dir: str) -> str | None:
-    """Returns the last checkpoint of an interrupted run, or None."""
-    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+def check_single_device(arguments: TrainingArguments) -> None:
+    """Refuses a run on several devices.
+
+    Raises:
+        ValueError: With what to set instead.
+    """
+    if arguments.world_size > 1 or arguments.n_gpu > 1:
+        raise ValueError(
+            f"Expected one process on one device, got {arguments.world_size} on {arguments.n_gpu} GPUs: "
+            "set CUDA_VISIBLE_DEVICES to one of them."
+        )
 
 
-def finish_run(
-    trainer: Trainer, recipe: Any, facts: dict[str, Any], save: Callable[[Path], None] | None = None
-) -> dict[str, Any]:
+def batch_generator() -> np.random.Generator:
+    """Returns a generator for one batch, drawn from torch's state: a resumed run restores it, and goes on alike."""
+    return np.random.default_rng(int(torch.randint(2**31, ())))
+
+
+def train_or_resume(trainer: Trainer, recipe: Any) -> None:
+    """Trains, going on where an interrupted run of the same recipe stopped.
+
+    Raises:
+        ValueError: If the output folder holds a run of other settings, or this one, finished.
+    """
+    arguments = trainer.args
+    folder = Path(arguments.output_dir)
+    settings = json.loads(json.dumps(asdict(recipe) | {name: getattr(arguments, name) for name in FIXED_ARGUMENTS}))
+    record = folder / "settings.json"
+    if record.is_file():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
+        if changed:
+            raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: expected another output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+    finished = folder / "run.json"
+    if finished.is_file():
+        earlier = json.loads(finished.read_text(encoding="utf-8"))["arguments"]
+        if all(earlier.get(name) == getattr(arguments, name) for name in LENGTH_ARGUMENTS):
+            raise ValueError(f"{folder} holds this run, finished: expected another output_dir, or a longer run.")
+    checkpoint = latest_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns the last checkpoint of a run, or None; one that was cut off while it was saved is passed by."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def finish_run(trainer: Trainer, recipe: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """Saves the model with its processor, the history, the curves and the facts of a run into its output folder.
 
     Args:
         trainer: A trainer that has trained.
         recipe: The recipe's dataclass.
         facts: What is to be said about the run beyond its recipe.
-        save: Saves the model; default `trainer.save_model`.
 
     Returns:
-        `facts` with the recipe, the arguments that matter and the last validation scores.
+        `facts` with the output folder, the recipe, the arguments that matter and the last validation scores.
     """
     folder = Path(trainer.args.output_dir)
-    (save or (lambda path: trainer.save_model(str(path))))(folder)
+    trainer.save_model(str(folder))
     # Pickled, and naming paths of this machine: it stays in the run's own checkpoints.
     (folder / "training_args.bin").unlink(missing_ok=True)
     history = trainer.state.log_history
     (folder / "history.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
     plot_curves(history, folder / "curves.png")
-    arguments = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "bf16", "weight_decay")
     scores = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
     facts = {
         **facts,
+        "output_dir": str(folder),
         "steps": trainer.state.global_step,
         "device": str(trainer.args.device),
         "recipe": asdict(recipe),
-        "arguments": {name: getattr(trainer.args, name) for name in arguments},
+        "arguments": {name: getattr(trainer.args, name) for name in (*FIXED_ARGUMENTS, *LENGTH_ARGUMENTS)},
         "validation": {key: value for key, value in scores.items() if key.startswith("eval_")},
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -162,5 +207,5 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
         right.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("eval_"))
     right.set(title="validation", xlabel="step")
     if names:
-        right.legend(fontsize=7)
+        figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)

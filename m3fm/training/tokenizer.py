@@ -114,6 +114,8 @@ class _Column:
 
 
 _TRAIN = {"split": ("train",)}
+# Of whatever set: nothing of its parts "validation", "test" or any other is read.
+_TRAINING_PARTS = ("train", None)
 _COV_CTR, _CT_RATE = "cov_ctr/metadata.jsonl", "ctrate_reports_text/data.jsonl"
 _IU, _IU_PARALLEL = "openi_iu_reports/data.jsonl", "openi_iu_reports/parallel_en_zh.jsonl"
 _TB, _COVID_CXR = "tb_shenzhen_montgomery_128/metadata.jsonl", "covid_chestxray/metadata.jsonl"
@@ -147,14 +149,15 @@ def _iter_sources(data_root: str | Path) -> Iterator[tuple[str, str, str]]:
     root = Path(data_root)
     rows = {file: _read_rows(root / file) for file in dict.fromkeys(column.file for column in _COLUMNS)}
     # The translated pairs have no split of their own: they follow the study they were made from.
-    held_out = {row["study_id"] for row in rows[_IU] if row.get("split") == "validation"}
+    held_out = {row["study_id"] for row in rows[_IU] if row.get("split") not in _TRAINING_PARTS}
     rows[_IU_PARALLEL] = [row for row in rows[_IU_PARALLEL] if row["study_id"] not in held_out]
     seen = set()
     for column in _COLUMNS:
         for row in rows[column.file]:
             text = row.get(column.name)
-            wanted = all(row.get(key) in values for key, values in column.where.items())
-            if not text or not wanted or row.get("split") == "validation" or (column.language, text) in seen:
+            wanted = row.get("split") in _TRAINING_PARTS
+            wanted = wanted and all(row.get(key) in values for key, values in column.where.items())
+            if not text or not wanted or (column.language, text) in seen:
                 continue
             seen.add((column.language, text))
             yield column.file.split("/")[0], column.language, text
@@ -163,7 +166,9 @@ def _iter_sources(data_root: str | Path) -> Iterator[tuple[str, str, str]]:
 def iter_corpus(data_root: str | Path) -> Iterator[tuple[str, str]]:
     """Yield every distinct training text of the data folder as (language, text), in a fixed order.
 
-    Validation rows are left out, and with them the translations of validation studies.
+    Rows that state a part other than "train" are left out, and with the Open-i ones their translations: no validation
+    text of COV-CTR, Open-i, CT-RATE or SLAKE is read. The validation parts that `m3fm.data.splits` carves are not
+    stated in the rows, so those of the TB readings (59 texts) and of the COVID notes (74) are read too.
 
     Args:
         data_root: Folder that holds `cov_ctr`, `openi_iu_reports`, `ctrate_reports_text`,
@@ -428,7 +433,7 @@ def run(recipe: TokenizerRecipe) -> dict[str, Any]:
     """Train and save the tokenizer, measure it on its training texts, and write the facts beside it.
 
     Returns:
-        `vocab_size`, and under `languages` for each language its texts, characters, tokens, characters per token, byte
+        `output_dir`, `vocab_size`, and under `languages` for each language its texts, characters, tokens, characters per token, byte
         tokens, text lengths, texts that do not survive encoding and decoding (`round_trip_failures`) and texts whose
         ids differ from sentencepiece's (`parity_failures`).
     """
@@ -441,6 +446,7 @@ def run(recipe: TokenizerRecipe) -> dict[str, Any]:
         if language in texts:
             texts[language].append(text)
     facts = {
+        "output_dir": recipe.output_dir,
         "vocab_size": len(tokenizer),
         "languages": {language: _measure(tokenizer, processor, rows) for language, rows in texts.items()},
     }

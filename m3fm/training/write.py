@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..configuration_m3fm import M3FMConfig
 from ..data import Study, load_parallel, load_studies
+from ..data.report_text import mentions_earlier_or_mask
+from ..data.studies import training_part
 from ..evaluation.text_metrics import distinct_ratio, score_reports
 from ..layers_m3fm import add_noise
 from ..modeling_m3fm import M3FMForReportGeneration, M3FMModel
 from ..processing_m3fm import M3FMProcessor
 from .features import FeatureCache
-from .runs import finish_run, latest_checkpoint
+from .runs import batch_generator, check_single_device, finish_run, train_or_resume
 
 
 @dataclass
@@ -70,33 +74,41 @@ class Passage:
     other_rows: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TextGroup:
+    """Versions of one text, of which those in `targets` are to be written; the others are only written from."""
+
+    source: str
+    versions: dict[str, str]
+    targets: tuple[str, ...]
+
+
 class TextBank:
     """Every training text once, with its embedding by the frozen text encoder.
 
     Attributes:
+        texts: Distinct texts.
+        embeds: (R, D), unit norm, a row for each of them.
         passages: What is to be written.
-        embeds: (R, D), unit norm, a row for each distinct text.
-        rows_of: Set name to the rows of its texts, per language: where the support memory is drawn from.
+        rows_of: (set, language) to the rows of the texts that are written: what the support memory is drawn from.
     """
 
-    def __init__(self, groups: list[tuple[str, dict[str, str]]], languages: tuple[str, ...]):
-        self.texts: list[str] = []
+    def __init__(self, groups: list[TextGroup], languages: tuple[str, ...]):
         self.passages: list[Passage] = []
         self.rows_of: dict[tuple[str, str], list[int]] = {}
         self.embeds = torch.empty(0)
         numbers: dict[str, int] = {}
-        for source, reports in groups:
-            rows = {}
-            for language in languages:
-                if language in reports:
-                    text = reports[language]
-                    rows[language] = numbers.setdefault(text, len(numbers))
-                    if rows[language] == len(self.texts):
-                        self.texts.append(text)
-                        self.rows_of.setdefault((source, language), []).append(rows[language])
-            for language, row in rows.items():
+        written: set[int] = set()
+        for group in groups:
+            rows = {code: numbers.setdefault(text, len(numbers)) for code, text in group.versions.items()}
+            for language in [code for code in languages if code in group.targets]:
+                row = rows[language]
                 others = tuple(other for code, other in rows.items() if code != language)
-                self.passages.append(Passage(reports[language], language, row, others))
+                self.passages.append(Passage(group.versions[language], language, row, others))
+                if row not in written:
+                    written.add(row)
+                    self.rows_of.setdefault((group.source, language), []).append(row)
+        self.texts = list(numbers)
 
     @torch.inference_mode()
     def embed(self, model: M3FMModel, processor: M3FMProcessor, batch_size: int = 64) -> None:
@@ -147,6 +159,11 @@ class WriteDataset(Dataset):
     def __getitem__(self, index: int) -> Passage | tuple[Study, str]:
         return self.passages[index] if index < len(self.passages) else self.pairs[index - len(self.passages)]
 
+    def lengths(self) -> list[int]:
+        """Returns about how long each item is, in bytes: a Chinese character has three, and is a longer token."""
+        texts = [passage.text for passage in self.passages] + [study.reports[code] for study, code in self.pairs]
+        return [len(text.encode()) for text in texts]
+
 
 class WriteCollator:
     """Turns passages and pairs into decoder inputs: prompt, report, end; the loss is on report and end alone."""
@@ -165,16 +182,18 @@ class WriteCollator:
         self.cross_lingual = recipe.cross_lingual
         self.max_length = recipe.max_text_length
         self.cache = cache
-        self.rng = np.random.default_rng(0)
 
     def __call__(self, items: list[Passage | tuple[Study, str]]) -> dict[str, Any]:
         """Collates into {"text": ..., "image": ...}, either of which may be missing."""
+        rng = batch_generator()
         passages = [item for item in items if isinstance(item, Passage)]
         pairs = [item for item in items if not isinstance(item, Passage)]
         batch = {}
         if passages:
             inputs = self.decoder_inputs([item.text for item in passages], [item.language for item in passages])
-            batch["text"] = inputs | {"shared_embeds": self.bank.embeds[[self._source_row(item) for item in passages]]}
+            batch["text"] = inputs | {
+                "shared_embeds": self.bank.embeds[[self._source_row(item, rng) for item in passages]]
+            }
         if pairs:
             inputs = self.decoder_inputs([s.reports[language] for s, language in pairs], [code for _, code in pairs])
             batch["image"] = inputs | self.images([study for study, _ in pairs])
@@ -207,9 +226,9 @@ class WriteCollator:
         end = max(kept.rfind(mark) for mark in (". ", "。", "；", "; "))
         return self.tokenizer(kept[: end + 1] if end > 0 else kept)["input_ids"][: self.max_length - 1]
 
-    def _source_row(self, passage: Passage) -> int:
-        if passage.other_rows and self.rng.random() < self.cross_lingual:
-            return int(self.rng.choice(passage.other_rows))
+    def _source_row(self, passage: Passage, rng: np.random.Generator) -> int:
+        if passage.other_rows and rng.random() < self.cross_lingual:
+            return int(rng.choice(passage.other_rows))
         return passage.own_row
 
 
@@ -233,6 +252,12 @@ class WriteTrainer(Trainer):
             rows.append(len(part["input_ids"]))
         loss = sum(each * count for each, count in zip(losses, rows, strict=True)) / sum(rows)
         return (loss, None) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """Puts items of like length into one batch: mixed at random, half of every batch would be padding."""
+        lengths = self.train_dataset.lengths()
+        generator = torch.Generator().manual_seed(self.args.seed)
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Writes reports for the validation images and scores them."""
@@ -274,24 +299,35 @@ class WriteValidation:
         return scores
 
 
-def load_texts(recipe: WriteRecipe) -> list[tuple[str, dict[str, str]]]:
-    """Returns (set, language -> text) for every training study, repeated as the recipe says.
+def load_texts(recipe: WriteRecipe) -> list[TextGroup]:
+    """Returns the texts of every training study, repeated as the recipe says.
 
-    A parallel text lends its translation to the study's own report: the paraphrase that it was translated from is not
-    how a radiologist writes, and is not learned.
+    Of a parallel text only the languages that the own report lacks are written: the rest is the paraphrase that
+    the translation was made of, and no radiologist's. Translations that speak of earlier examinations are left out, as
+    such sentences are left out of the reports.
     """
     root = Path(recipe.data_root)
     groups = []
     for name, repeats in recipe.text_sets.items():
-        translations: dict[str, list[dict[str, str]]] = {}
+        studies = [study for study in training_part(load_studies(root / name)) if study.study_id not in recipe.exclude]
+        own = [TextGroup(name, study.reports, tuple(study.reports)) for study in studies if study.reports]
+        by_id = {study.study_id: study for study in studies}
         for pair in load_parallel(root / name) if name in recipe.parallel_sets else []:
-            translations.setdefault(pair.study_id, []).append(pair.texts)
-        for study in load_studies(root / name):
-            if study.split == "validation" or study.study_id in recipe.exclude:
-                continue
-            versions = [texts | study.reports for texts in translations.get(study.study_id, [{}])]
-            groups += [(name, reports) for reports in versions if reports] * repeats
+            if pair.study_id in by_id and not mentions_earlier_or_mask(pair.texts["en"]):
+                lacking = tuple(code for code in pair.texts if code not in by_id[pair.study_id].reports)
+                own.append(TextGroup(name, pair.texts, lacking))
+        groups += own * repeats
     return groups
+
+
+def load_pairs(recipe: WriteRecipe, languages: tuple[str, ...]) -> list[tuple[Study, str]]:
+    """Returns every training study of the supervised sets with each language of its report, repeated."""
+    pairs = []
+    for name, repeats in recipe.supervised_sets.items():
+        for study in training_part(load_studies(Path(recipe.data_root) / name)):
+            if study.images and study.study_id not in recipe.exclude:
+                pairs += [(study, language) for language in languages if language in study.reports] * repeats
+    return pairs
 
 
 def build_writer(recipe: WriteRecipe) -> tuple[M3FMForReportGeneration, M3FMProcessor, bool]:
@@ -299,56 +335,46 @@ def build_writer(recipe: WriteRecipe) -> tuple[M3FMForReportGeneration, M3FMProc
     processor = AutoProcessor.from_pretrained(recipe.base)
     config = AutoConfig.from_pretrained(recipe.base)
     goes_on = "M3FMForReportGeneration" in (config.architectures or [])
-    for name, value in recipe.model.items():
-        setattr(config, name, value)
+    config = M3FMConfig(**{**config.to_dict(), **recipe.model})
     if goes_on:
-        return (
-            M3FMForReportGeneration.from_pretrained(recipe.base, config=config, dtype=torch.float32),
-            processor,
-            True,
-        )
-    model = M3FMForReportGeneration(config)
-    # Control tokens, those kept for further languages too, are for prompts: none is to be written.
-    control = set(processor.tokenizer.added_tokens_decoder) - {processor.tokenizer.eos_token_id}
-    model.generation_config.suppress_tokens = sorted(control)
-    model.model = M3FMModel.from_pretrained(recipe.base, dtype=torch.float32)
-    return model, processor, False
+        model = M3FMForReportGeneration.from_pretrained(recipe.base, config=config, dtype=torch.float32)
+    else:
+        model = M3FMForReportGeneration(config)
+        model.model = M3FMModel.from_pretrained(recipe.base, dtype=torch.float32)
+        # Control tokens, those kept for further languages too, are for prompts: none is to be written.
+        control = set(processor.tokenizer.added_tokens_decoder) - {processor.tokenizer.eos_token_id}
+        model.generation_config.suppress_tokens = sorted(control)
+    model.generation_config.update(**recipe.generation)
+    return model, processor, goes_on
 
 
 def run(recipe: WriteRecipe, arguments: TrainingArguments) -> dict[str, Any]:
-    """Trains stage 2, resumes where an interrupted run stopped, and saves the model with its curves."""
+    """Trains stage 2, resumes where an interrupted run stopped, and saves the model with its curves.
+
+    Raises:
+        ValueError: In a run on several devices, or one whose output folder holds another run.
+    """
+    check_single_device(arguments)
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False
     model, processor, goes_on = build_writer(recipe)
+    model.to(arguments.device)
     languages = model.config.languages
     bank = TextBank(load_texts(recipe), languages)
     bank.embed(model.model, processor)
     if not goes_on and model.config.support_memory_size:
         size = model.config.support_memory_size
         model.set_support_memory(bank.support_memory(languages, recipe.memory_sets, size, arguments.seed))
-    root = Path(recipe.data_root)
-    pairs = [
-        (study, language)
-        for name, repeats in recipe.supervised_sets.items()
-        for study in load_studies(root / name)
-        for language in languages
-        if study.split == "train"
-        and language in study.reports
-        and study.images
-        and study.study_id not in recipe.exclude
-        for _ in range(repeats)
-    ]
+    pairs = load_pairs(recipe, languages)
     validation_studies = [
         study
-        for study in (load_studies(root / recipe.validation_set) if recipe.validation_set else [])
+        for study in (load_studies(Path(recipe.data_root) / recipe.validation_set) if recipe.validation_set else [])
         if study.split == "validation" and set(languages) <= set(study.reports)
     ]
     cache = FeatureCache(Path(recipe.feature_cache), model.model.vision_model, processor.image_processor)
-    for name in {recipe.validation_set, *recipe.supervised_sets} - {""}:
-        cache.fill([study for study in load_studies(root / name) if study.reports or study.findings])
+    cache.fill([study for study, _ in pairs] + validation_studies)
     _freeze(model, supervised=bool(pairs))
     collator = WriteCollator(model, processor, bank, recipe, cache)
-    validation = WriteValidation(validation_studies, collator, processor)
     trainer = WriteTrainer(
         model=model,
         args=arguments,
@@ -356,9 +382,9 @@ def run(recipe: WriteRecipe, arguments: TrainingArguments) -> dict[str, Any]:
         eval_dataset=WriteDataset([], []),
         data_collator=collator,
         processing_class=processor,
-        validation=validation,
+        validation=WriteValidation(validation_studies, collator, processor),
     )
-    trainer.train(resume_from_checkpoint=latest_checkpoint(arguments.output_dir))
+    train_or_resume(trainer, recipe)
     facts = {
         "stage": "write",
         "supervision": f"image-report pairs of {sorted(recipe.supervised_sets)}" if pairs else "text alone",

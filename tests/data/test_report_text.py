@@ -1,7 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 import pytest
 
-from m3fm.data.report_text import clean_report, repair_characters, split_sentences
+from m3fm.data.report_text import clean_report, mentions_earlier_or_mask, repair_characters, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,18 @@ def test_repair_characters(text, expected):
 def test_split_sentences_keeps_numbers_whole():
     assert split_sentences("A 1.5 cm nodule.  No mass.") == ["A 1.5 cm nodule.", "No mass."]
     assert split_sentences(" ") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Stable cardiomegaly.", True),
+        ("No effusion. The nodule is unchanged.", True),
+        ("Clear lungs. XXXX sternotomy.", True),
+        ("No effusion. Recommend short interval followup.", False),
+        ("The lungs are clear.", False),
+        ("", False),
+    ],
+)
+def test_mentions_earlier_or_mask(text, expected):
+    assert mentions_earlier_or_mask(text) is expected

@@ -150,7 +150,9 @@ def test_the_whole_run(folders, capsys):
     assert metrics["retrieval"]["image-zh"]["forward"]["chance@1"] == pytest.approx((4 * 4 + 6 * 2) / 100)
     assert metrics["retrieval"]["en-zh"]["backward"]["recall@1"] == 1
     assert metrics["num_studies"] == {"en": 10, "zh": 10}
-    assert metrics["constant"]["en"]["study_id"].startswith("clear_train")
+    assert set(metrics["constant"]["en"]) == {"report_sha256", "criterion"}
+    assert "_train_" not in json.dumps(metrics)
+    assert "new_patients" not in metrics
     written = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(metrics))
     assert {"seed", "versions", "data_sha256", "model_sha256", "command", "decoding"} <= written.keys()
@@ -180,6 +182,46 @@ def test_the_output_of_another_run_is_refused(folders):
     (output / "run.json").unlink()
     with pytest.raises(ValueError, match=r"predictions.jsonl without run.json"):
         evaluate_reports(model, data, ["en"], output)
+
+
+def test_changed_pixels_are_other_data(folders):
+    model, data, output = folders
+    evaluate_reports(model, data, ["en"], output)
+    next(data.glob("*_validation_*")).write_bytes(b"other pixels")
+    with pytest.raises(ValueError, match="another data_sha256"):
+        evaluate_reports(model, data, ["en"], output)
+
+
+def test_studies_of_new_patients_are_scored_alone_too(folders, capsys):
+    model, data, output = folders
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    # A training image without report teaches a patient too.
+    rows[0] |= {"report_en": None, "report_zh": None, "patient_id": "secret-shared"}
+    for row in rows:
+        if row["split"] == "validation" and row["report_en"] != FINDINGS["clear"][0]:
+            row["patient_id"] = "secret-shared"
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    metrics = evaluate_reports(model, data, output_dir=output)
+    assert metrics["num_studies"] == {"en": 10, "zh": 10}
+    new = metrics["new_patients"]
+    assert new["num_studies"] == {"en": 4, "zh": 4}
+    assert list(new["rows"]) == ["model", "shuffled_images", "constant_report"]
+    # All four are clear, so another's image changes nothing.
+    assert new["rows"]["shuffled_images"]["en"]["bleu_4"] == pytest.approx(1)
+    assert metrics["rows"]["shuffled_images"]["en"]["bleu_4"] < 1
+    table = capsys.readouterr().out
+    assert table.count("new patients (4) |") == 6
+    assert "| zh | model, shuffled images, new patients (4) | 1.000 |" in table
+
+
+def test_too_few_new_patients_are_counted_alone(folders):
+    model, data, output = folders
+    text = (data / "metadata.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) | {"patient_id": "secret-shared"} for line in text.splitlines()]
+    rows[-1]["patient_id"] = "secret-new"
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    metrics = evaluate_reports(model, data, ["en"], output)
+    assert metrics["new_patients"] == {"rows": {}, "num_studies": {"en": 1}}
 
 
 @pytest.mark.parametrize(

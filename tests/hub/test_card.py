@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from m3fm import DEFAULT_CHECKPOINT
 from m3fm.hub.card import fill_tables, main
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,12 @@ def test_metrics_are_rendered(tmp_path):
 def test_a_table_that_was_not_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No results 'speed'"):
         fill_tables(PAGE, tmp_path)
+
+
+def test_the_card_travels_with_the_weights():
+    # A copy, so that the package and every export of the checkpoint carry the card and its licence.
+    card = ROOT / "model_cards" / "m3fm-small.md"
+    assert (DEFAULT_CHECKPOINT / "README.md").read_bytes() == card.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["README.md", "model_cards/m3fm-small.md"])

@@ -44,9 +44,10 @@ import json
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+from transformers import (AutoConfig, AutoModel, AutoModelForImageClassification,
                           AutoModelForImageTextToText, AutoModelForZeroShotImageClassification, AutoProcessor,
                           AutoTokenizer, pipeline)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, output, images, labels = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 trust = {"trust_remote_code": True}
@@ -65,7 +66,8 @@ with torch.no_grad():
     tensors["logits"] = model(**inputs).logits_per_image
     tensors["zero_shot"] = AutoModelForZeroShotImageClassification.from_pretrained(folder, **trust).eval()(
         **inputs).logits_per_image
-    tensors["classes"] = classifier(inputs["pixel_values"], inputs["image_mask"]).logits
+    tensors["classes"] = classifier(
+        inputs["pixel_values"], inputs["image_mask"], labels=torch.tensor([0, 1])).logits
     tensors["written"] = writer.generate(inputs["pixel_values"], inputs["image_mask"], language="zh", max_new_tokens=6)
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / "tensors.safetensors")
 reporter = pipeline("m3fm-report", model=folder, **trust)
@@ -148,7 +150,7 @@ def installed_tensors(checkpoint: Path, images: list[str]) -> dict[str, torch.Te
     pixels, mask = inputs["pixel_values"], inputs["image_mask"]
     with torch.no_grad():
         logits = M3FMModel.from_pretrained(checkpoint).eval()(**inputs).logits_per_image
-        classes = classifier(pixels, mask).logits
+        classes = classifier(pixels, mask, labels=torch.tensor([0, 1])).logits
     return {
         **inputs,
         "alone": pixels,
@@ -180,7 +182,14 @@ def test_checkpoint_alone_is_copied_without_the_rest_of_a_run(tiny_checkpoint, t
 def test_code_folder_holds_every_file_it_needs(tiny_checkpoint, tmp_path):
     folder = export_remote_code(tiny_checkpoint, tmp_path / "out")
     code = {path.name for path in folder.glob("*.py")}
-    assert {"modeling_m3fm.py", "layers_m3fm.py", "imaging_m3fm.py", "chest_image_m3fm.py", "dicom_m3fm.py"} <= code
+    assert {
+        "modeling_m3fm.py",
+        "base_m3fm.py",
+        "layers_m3fm.py",
+        "imaging_m3fm.py",
+        "chest_image_m3fm.py",
+        "dicom_m3fm.py",
+    } <= code
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "numpy", "PIL", "huggingface_hub"}
     for name in code:
         assert set(get_imports(folder / name)) <= allowed, name
@@ -223,6 +232,7 @@ def test_failed_export_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
     ("spoil", "reason"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json not found"),
+        (lambda folder: (folder / "generation_config.json").unlink(), r"generation_config\.json not found"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"safetensors not found"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8"), "'clip'"),
         (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), "expected a JSON object"),

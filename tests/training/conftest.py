@@ -1,5 +1,5 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""A made-up data folder of twelve chest images with reports in two languages, and recipes that train on it."""
+"""A made-up data folder of fourteen chest images with reports in two languages, and recipes that train on it."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, Trainer
 
 import m3fm
 from m3fm import M3FMConfig
+from m3fm.training.runs import run_recipe
 
+SPLITS = dict.fromkeys((4, 5, 8, 9), "validation") | dict.fromkeys((12, 13), "test")
 REPORTS = {
     "en": ("The lungs are clear in view {}.", "There is a small pleural effusion in view {}."),
     "zh": ("双肺清晰，视图{}。", "视图{}可见少量胸腔积液。"),
@@ -31,8 +33,8 @@ def made_up_data(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     rng = np.random.default_rng(0)
     rows: dict[str, list[dict[str, Any]]] = {"reported": [], "labelled": []}
-    for number in range(12):
-        source = "reported" if number < 9 else "labelled"
+    for number in range(14):
+        source = "labelled" if number in (9, 10, 11, 13) else "reported"
         (root / source).mkdir(parents=True, exist_ok=True)
         ill = number % 2
         pixels = rng.integers(0, 120, (32, 28), dtype=np.uint8) + np.uint8(100 * ill)
@@ -40,7 +42,7 @@ def made_up_data(tmp_path: Path) -> Path:
         row = {
             "file_name": f"{number}.png",
             "modality": "cxr",
-            "split": "validation" if number in (4, 5, 8, 9) else "train",
+            "split": SPLITS.get(number, "train"),
             "labels": ["pleural_effusion"] if ill else ["no_finding"],
         }
         if source == "reported":
@@ -50,7 +52,7 @@ def made_up_data(tmp_path: Path) -> Path:
         write_rows(root / source / "metadata.jsonl", listed)
 
     (root / "texts").mkdir()
-    splits = ("train", "train", "train", "validation")
+    splits = ("train", "train", "train", "validation", "test")
     write_rows(
         root / "texts" / "data.jsonl",
         [
@@ -58,9 +60,34 @@ def made_up_data(tmp_path: Path) -> Path:
             for i, split in enumerate(splits)
         ],
     )
-    pairs = [{"study_id": str(i), "en": f"Heart number {i}.", "zh": f"心影{i}号。"} for i in range(4)]
+    pairs = [{"study_id": str(i), "en": f"Heart number {i}.", "zh": f"心影{i}号。"} for i in range(5)]
     write_rows(root / "texts" / "parallel_en_zh.jsonl", pairs)
     return root
+
+
+class InterruptedRunError(Exception):
+    """Ends a run in the middle, as a power cut would."""
+
+
+@pytest.fixture
+def run_interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Trainer], Path, int], None]:
+    """Returns a function that runs a recipe up to a step, in which it breaks off."""
+
+    def run(trainer_class: type[Trainer], recipe: Path, step: int) -> None:
+        whole_step, taken = trainer_class.training_step, []
+
+        def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+            taken.append(self.state.global_step + 1)
+            if taken[-1] == step:
+                raise InterruptedRunError
+            return whole_step(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
+            patch.setattr(trainer_class, "training_step", training_step)
+            run_recipe(recipe)
+        assert taken == list(range(1, step + 1))
+
+    return run
 
 
 @pytest.fixture

@@ -1,17 +1,27 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""Stage 1 from a recipe to a checkpoint, on twelve made-up images."""
+"""Stage 1 from a recipe to a checkpoint, on made-up images."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 import m3fm
 from m3fm import M3FMModel
-from m3fm.training.align import AlignCollator, AlignRecipe, AlignValidation, build_model, load_training_studies
+from m3fm.layers_m3fm import contrastive_loss
+from m3fm.training.align import (
+    AlignCollator,
+    AlignRecipe,
+    AlignTrainer,
+    AlignValidation,
+    build_model,
+    load_training_studies,
+)
 from m3fm.training.runs import run_recipe
 
 pytest.importorskip("accelerate")
@@ -26,6 +36,10 @@ def recipe_of(made_up_data, **values) -> AlignRecipe:
     return AlignRecipe(data_root=str(made_up_data), **{**sets, **values})
 
 
+def collator_of(processor, languages=("en", "zh"), **values) -> AlignCollator:
+    return AlignCollator(processor, languages, AlignRecipe(freeze_vision=False, **values), cache=None)
+
+
 def test_studies_are_repeated_left_out_and_held_apart(made_up_data):
     train, validation, pairs = load_training_studies(recipe_of(made_up_data, exclude=["0"]))
     counted = {}
@@ -35,7 +49,7 @@ def test_studies_are_repeated_left_out_and_held_apart(made_up_data):
     assert {count for (source, _), count in counted.items() if source == "labelled"} == {3}
     assert {count for (source, _), count in counted.items() if source == "texts"} == {2}
     assert ("reported", "0") not in counted and ("reported", "1") in counted
-    assert sum(source == "texts" for source, _ in counted) == 2 * 3 - 1, "three reports and their translations"
+    assert sum(source == "texts" for source, _ in counted) == 2 + 2, "with a study its translation is left out"
     assert {study.split for study in train} == {"train"}
     assert {study.split for study in validation} == {"validation"}
     assert [pair.study_id for pair in pairs] == ["3"]
@@ -44,13 +58,33 @@ def test_studies_are_repeated_left_out_and_held_apart(made_up_data):
     assert not trained & {text for study in validation for text in study.reports.values()}
 
 
+def test_no_part_but_that_for_training_is_trained_on(made_up_data):
+    train, validation, pairs = load_training_studies(recipe_of(made_up_data))
+    assert {study.split for study in train} == {"train"}
+    told = [text for study in train + validation for text in study.reports.values()]
+    told += [text for pair in pairs for text in pair.texts.values()]
+    images = {path.name for study in train + validation for path in study.images}
+    for of_test in ("view 12.", "视图12", "number 4", "心影4号"):
+        assert not any(of_test in text for text in told), of_test
+    assert not images & {"12.png", "13.png"}, "what a set calls a test is not looked at in training at all"
+
+
+def test_a_left_out_study_must_exist(made_up_data):
+    train, _, _ = load_training_studies(recipe_of(made_up_data, exclude=["10", "1"]))
+    assert {study.study_id for study in train if study.source == "labelled"} == {"11"}
+    assert "number 1" not in " ".join(text for study in train for text in study.reports.values())
+    with pytest.raises(ValueError, match="Expected every id of `exclude` to be that of a study, 2 of") as error:
+        load_training_studies(recipe_of(made_up_data, exclude=["1", "secret-7", "secret-8"]))
+    assert "secret" not in str(error.value)
+
+
 def test_a_batch_says_what_belongs_together(made_up_data, tiny_processor):
     train, _, _ = load_training_studies(recipe_of(made_up_data))
     reported, labelled, text_only = (
         next(study for study in train if study.source == source and len(study.reports) == languages)
         for source, languages in (("reported", 2), ("labelled", 0), ("texts", 1))
     )
-    collator = AlignCollator(tiny_processor, ("en", "zh"), AlignRecipe(freeze_vision=False), cache=None)
+    collator = collator_of(tiny_processor, label_share=0.0)
     batch = collator([reported, text_only, labelled, reported])
     assert batch["image_study"].tolist() == [0, 2, 3]
     assert batch["pixel_values"].shape == (3, 1, 3, 28, 28)
@@ -62,14 +96,28 @@ def test_a_batch_says_what_belongs_together(made_up_data, tiny_processor):
     assert len(batch["input_ids"]) == 7
     only_texts = collator([text_only])
     assert "pixel_values" not in only_texts and only_texts["image_study"].tolist() == []
+    by_labels = collator_of(tiny_processor, label_share=1.0)([reported, text_only, labelled])
+    assert by_labels["has_report"].tolist() == [False, True, False]
+    spoken = tiny_processor.tokenizer.batch_decode(by_labels["input_ids"], skip_special_tokens=True)
+    assert not set(reported.reports.values()) & set(spoken) and text_only.reports["en"] in spoken
+
+
+def test_languages_that_the_model_has_no_token_for_are_passed_over(made_up_data, tiny_processor):
+    train, _, _ = load_training_studies(recipe_of(made_up_data))
+    reported = next(study for study in train if study.source == "reported")
+    batch = collator_of(tiny_processor, languages=("zh",), label_share=0.0)([reported])
+    spoken = tiny_processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert (spoken, batch["text_language"].tolist()) == ([reported.reports["zh"]], [0])
+    english_alone = replace(reported, reports={"en": reported.reports["en"]})
+    batch = collator_of(tiny_processor, languages=("zh",), label_share=0.0)([english_alone])
+    assert batch["has_report"].tolist() == [False], "its labels speak for it"
 
 
 def test_sentences_made_of_labels_change_and_are_translations(made_up_data, tiny_processor):
     train, _, _ = load_training_studies(recipe_of(made_up_data))
     ill = next(study for study in train if study.findings and study.findings.get("pleural_effusion"))
-    ill = type(ill)(**{**vars(ill), "reports": {}})
-    collator = AlignCollator(tiny_processor, ("en", "zh"), AlignRecipe(freeze_vision=False), cache=None)
-    drawn = [collator._texts(ill) for _ in range(20)]
+    collator = collator_of(tiny_processor)
+    drawn = [collator._label_sentences(ill, np.random.default_rng(seed)) for seed in range(20)]
     assert len({texts["en"] for texts in drawn}) > 1
     chinese = {}
     for texts in drawn:
@@ -87,12 +135,63 @@ def test_the_tower_is_the_pretrained_one(write_recipe, tmp_path, tiny_config):
     assert processor.image_processor.size == {"height": 224, "width": 224}
 
 
+@pytest.mark.parametrize(("positions", "longest"), [(64, 64), (1024, 512)])
+def test_texts_are_cut_where_the_encoder_has_no_more_positions(
+    positions, longest, write_recipe, tmp_path, tiny_config, tokenizer
+):
+    write_recipe("align")
+    tiny_config.text_encoder_config.max_position_embeddings = positions
+    recipe = AlignRecipe(vision_model=str(tmp_path / "tower"), tokenizer=str(m3fm.DEFAULT_CHECKPOINT))
+    recipe.model = {"text_encoder_config": tiny_config.text_encoder_config, "text_config": tiny_config.text_config}
+    _, processor = build_model(recipe)
+    assert tokenizer.model_max_length == 512
+    assert processor.tokenizer.model_max_length == longest
+
+
+def test_a_misspelt_value_of_the_model_is_refused(write_recipe):
+    with pytest.raises(ValueError, match="'projection_dims' \\(did you mean 'projection_dim'\\?\\)"):
+        run_recipe(write_recipe("align", model={"projection_dims": 16}))
+
+
+def test_translations_have_a_temperature_of_their_own(made_up_data, tiny_processor):
+    train, _, _ = load_training_studies(recipe_of(made_up_data, text_sets={"texts": 1}))
+    translated = [study for study in train if study.source == "texts" and len(study.reports) == 2]
+    inputs = collator_of(tiny_processor)(translated)
+    embeds = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    trainer = AlignTrainer.__new__(AlignTrainer)
+    trainer.recipe = AlignRecipe(translation_temperature=0.2, translation_weight=3.0)
+    trainer.validation = SimpleNamespace(languages=("en", "zh"))
+    expected = 3.0 * contrastive_loss(embeds[0::2] @ embeds[1::2].t() / 0.2)
+    for learned_scale in (1.0, 100.0):
+        (loss,) = trainer._losses(inputs, None, embeds, torch.tensor(learned_scale))
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_images_and_texts_are_embedded_in_the_precision_of_the_run(bf16, write_recipe, monkeypatch):
+    seen = set()
+    for name in ("get_image_features", "get_text_features"):
+        whole = getattr(M3FMModel, name)
+
+        def spy(*args, name=name, whole=whole, **kwargs):
+            seen.add((name, torch.is_autocast_enabled("cpu")))
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(M3FMModel, name, spy)
+    facts = run_recipe(write_recipe("align", eval_strategy="no", max_steps=1, bf16=bf16))
+    assert seen == {("get_image_features", bf16), ("get_text_features", bf16)}
+    assert facts["arguments"]["bf16"] is bf16
+
+
 def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(AlignValidation, "minimum", 1)
     facts = run_recipe(write_recipe("align"))
     folder = tmp_path / "align"
     assert facts["steps"] == 3 and facts["stage"] == "align"
-    assert facts["train_studies"] == 6 + 2 + 6 - 0
+    assert facts["output_dir"] == str(folder)
+    assert facts["arguments"]["max_steps"] == 3
+    assert facts["train_studies"] == 6 + 2 + 6
+    assert json.loads((folder / "settings.json").read_text())["image_sets"] == {"reported": 1, "labelled": 1}
     assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(facts))
     history = json.loads((folder / "history.json").read_text())
     assert logged(history, "loss") == [1, 2, 3]
@@ -101,6 +200,11 @@ def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch
     assert (folder / "curves.png").stat().st_size > 5000
     assert not list(folder.glob("*.bin")), "what is passed on holds no pickle"
     first = M3FMModel.from_pretrained(folder)
+    assert AutoProcessor.from_pretrained(folder).tokenizer.model_max_length == 256
+    with pytest.raises(ValueError, match="holds this run, finished: expected another output_dir, or a longer run"):
+        run_recipe(write_recipe("align"))
+    with pytest.raises(ValueError, match="holds a run with another label_share, seed: expected another output_dir"):
+        run_recipe(write_recipe("align", label_share=0.5, seed=6), ["--max_steps", "5"])
 
     facts = run_recipe(write_recipe("align"), ["--max_steps", "5"])
     assert facts["steps"] == 5
@@ -112,16 +216,17 @@ def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch
         assert torch.equal(second.vision_model.state_dict()[name], weight), "the tower stays frozen"
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(write_recipe, tmp_path):
-    values = {"image_sets": {"reported": 1}, "eval_strategy": "no"}  # no sentence is drawn at random
-    straight = write_recipe("align", **values, output_dir=str(tmp_path / "straight"))
-    run_recipe(straight, ["--max_steps", "5"])
+@pytest.mark.parametrize("save_steps", [3, 5], ids=["within an epoch", "between epochs"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(save_steps, write_recipe, run_interrupted, tmp_path):
+    # Every other reported image is described by its labels, in phrases drawn at random; an epoch has five steps.
+    values = {"label_share": 0.5, "eval_strategy": "no", "save_steps": save_steps, "max_steps": 7}
+    run_recipe(write_recipe("align", **values, output_dir=str(tmp_path / "straight")))
     interrupted = write_recipe("align", **values, output_dir=str(tmp_path / "interrupted"))
-    run_recipe(interrupted)
-    run_recipe(interrupted, ["--max_steps", "5"])
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "interrupted")]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    run_interrupted(AlignTrainer, interrupted, 6)
+    assert run_recipe(interrupted)["steps"] == 7
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "interrupted"))
+    for name, weight in straight.items():
+        torch.testing.assert_close(resumed[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_a_tower_can_be_trained_too(write_recipe, tmp_path):

@@ -103,19 +103,28 @@ def made_up_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cov_ctr = [{"report_en": en[i], "report_zh": zh[i], "split": "train"} for i in range(60)]
     cov_ctr += [{"report_en": "held out", "report_zh": "保留", "split": "validation"}]
     cov_ctr += [{"report_en": None, "report_zh": None, "split": "unreported"}]
+    cov_ctr += [{"report_en": "held out", "report_zh": "保留", "split": "test"}]
     write_rows(root / "cov_ctr/metadata.jsonl", cov_ctr)
     studies = [
         {"study_id": f"S{i}", "split": "train", "findings_en": en[i], "impression_en": ""} for i in range(60, 80)
     ]
-    studies += [{"study_id": "V", "split": "validation", "findings_en": "held out", "impression_en": "held out"}]
+    studies += [
+        {"study_id": part[0], "split": part, "findings_en": "held out", "impression_en": "held out"}
+        for part in ("validation", "test")
+    ]
     write_rows(root / "openi_iu_reports/data.jsonl", studies)
     pairs = [{"study_id": f"S{i}", "en": en[i], "zh": zh[i]} for i in range(60, 120)]
-    pairs += [{"study_id": "V", "en": "held out", "zh": "保留"}]
+    pairs += [{"study_id": study_id, "en": "held out", "zh": "保留"} for study_id in "vt"]
     write_rows(root / "openi_iu_reports/parallel_en_zh.jsonl", pairs)
     ct_rate = [{"report_en": en[0] + "\n" + en[1], "split": "train"}, {"report_en": "held out", "split": "validation"}]
     write_rows(root / "ctrate_reports_text/data.jsonl", ct_rate)
-    write_rows(root / "tb_shenzhen_montgomery_128/metadata.jsonl", [{"reading_en": "normal", "split": "train"}])
-    write_rows(root / "covid_chestxray/metadata.jsonl", [{"clinical_notes_en": "a \ufffdwet market\ufffd"}, {}])
+    held_out = {"reading_en": "held out", "clinical_notes_en": "held out", "split": "test"}
+    write_rows(
+        root / "tb_shenzhen_montgomery_128/metadata.jsonl", [{"reading_en": "normal", "split": "train"}, held_out]
+    )
+    write_rows(
+        root / "covid_chestxray/metadata.jsonl", [{"clinical_notes_en": "a \ufffdwet market\ufffd"}, {}, held_out]
+    )
     row = {"split": "train", "lang": "zh", "modality": "ct", "question": "有结节吗？", "answer": "有"}
     slake = [
         row,
@@ -299,6 +308,7 @@ def test_same_recipe_gives_the_same_files_in_another_process(recipe, folder, tmp
 
 def test_facts_are_measured_and_written(facts, folder):
     assert json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")) == facts
+    assert facts["output_dir"] == str(folder)
     assert facts["vocab_size"] == VOCAB_SIZE
     assert list(facts["languages"]) == ["en", "zh"]
     for measured in facts["languages"].values():

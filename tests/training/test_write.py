@@ -1,7 +1,8 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""Stage 2 from a recipe to reports, on twelve made-up images."""
+"""Stage 2 from a recipe to reports, on made-up images."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,16 +10,29 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from m3fm import M3FMConfig
 from m3fm.training.runs import run_recipe
-from m3fm.training.write import TextBank, WriteCollator, WriteRecipe, _equal_shares, load_texts
+from m3fm.training.write import (
+    TextBank,
+    TextGroup,
+    WriteCollator,
+    WriteRecipe,
+    WriteTrainer,
+    _equal_shares,
+    build_writer,
+    load_pairs,
+    load_texts,
+)
 
 pytest.importorskip("accelerate")
 
 GROUPS = [
-    ("first", {"en": "Clear lungs.", "zh": "双肺清晰。"}),
-    ("first", {"en": "Clear lungs."}),
-    ("second", {"zh": "心影正常。"}),
-    ("second", {"en": "Normal heart.", "zh": "心影正常。"}),
+    TextGroup("first", {"en": "Clear lungs.", "zh": "双肺清晰。"}, ("en", "zh")),
+    TextGroup("first", {"en": "Clear lungs."}, ("en",)),
+    TextGroup("second", {"zh": "心影正常。"}, ("zh",)),
+    TextGroup("second", {"en": "Normal heart.", "zh": "心影正常。"}, ("en", "zh")),
+    # The English is a paraphrase: Chinese is written from it, and nobody writes it.
+    TextGroup("second", {"en": "There is no effusion.", "zh": "未见胸腔积液。"}, ("zh",)),
 ]
 
 
@@ -33,9 +47,9 @@ def bank(tiny_model, tiny_processor) -> TextBank:
 
 
 def test_a_text_is_embedded_once_and_written_in_its_language(bank, tiny_model, tiny_processor):
-    assert sorted(bank.texts) == sorted({text for _, reports in GROUPS for text in reports.values()})
+    assert sorted(bank.texts) == sorted({text for group in GROUPS for text in group.versions.values()})
     assert [(passage.text, passage.language) for passage in bank.passages] == [
-        (text, language) for _, reports in GROUPS for language, text in reports.items()
+        (group.versions[language], language) for group in GROUPS for language in group.targets
     ]
     for passage in bank.passages:
         assert bank.texts[passage.own_row] == passage.text
@@ -53,15 +67,29 @@ def test_only_translations_are_written_across_languages(bank, tiny_model, tiny_p
         ("心影正常。",),
         ("Normal heart.", "心影正常。"),
         ("心影正常。", "Normal heart."),
+        ("未见胸腔积液。", "There is no effusion."),
     }
     always, never = (
         WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(cross_lingual=share), cache=None)
         for share in (1.0, 0.0)
     )
     first, lone = bank.passages[0], bank.passages[2]
-    assert {always._source_row(first) for _ in range(9)} == set(first.other_rows)
-    assert {never._source_row(first) for _ in range(9)} == {first.own_row}
-    assert always._source_row(lone) == lone.own_row
+    rng = np.random.default_rng(0)
+    assert {always._source_row(first, rng) for _ in range(9)} == set(first.other_rows)
+    assert {never._source_row(first, rng) for _ in range(9)} == {first.own_row}
+    assert always._source_row(lone, rng) == lone.own_row
+    for collator, rows in ((always, [*first.other_rows, lone.own_row]), (never, [first.own_row, lone.own_row])):
+        assert torch.equal(collator([first, lone])["text"]["shared_embeds"], bank.embeds[rows])
+
+
+def test_what_is_only_written_from_is_no_target_and_not_in_the_memory(bank):
+    paraphrase = bank.texts.index("There is no effusion.")
+    assert paraphrase not in {passage.own_row for passage in bank.passages}
+    assert paraphrase not in {row for rows in bank.rows_of.values() for row in rows}
+    assert [bank.texts[row] for row in bank.rows_of["second", "zh"]] == ["心影正常。", "未见胸腔积液。"]
+    written_elsewhere = TextGroup("first", {"en": "There is no effusion."}, ("en",))
+    both = TextBank([*GROUPS, written_elsewhere], ("en", "zh"))
+    assert paraphrase in both.rows_of["first", "en"], "a report that reads as a paraphrase does is a report"
 
 
 def test_the_memory_is_drawn_in_equal_shares_without_repeats(bank):
@@ -116,20 +144,105 @@ def test_a_long_report_ends_with_a_whole_sentence(text, mark, bank, tiny_model, 
     assert text.startswith(kept) and kept.endswith(mark)
 
 
-def test_texts_of_validation_and_left_out_studies_are_not_read(made_up_data):
-    recipe = WriteRecipe(
-        data_root=str(made_up_data),
-        text_sets={"reported": 2, "texts": 1},
-        parallel_sets=["texts"],
-        exclude=["0"],
+def recipe_of(made_up_data, **values) -> WriteRecipe:
+    sets = {"text_sets": {"reported": 2, "texts": 1}, "parallel_sets": ["texts"]}
+    return WriteRecipe(data_root=str(made_up_data), **{**sets, **values})
+
+
+def add_rows(path, rows) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def test_only_texts_of_the_training_part_are_read(made_up_data):
+    groups = load_texts(recipe_of(made_up_data, exclude=["0"]))
+    english = [group.versions["en"] for group in groups]
+    assert sum("view 1." in text for text in english) == 2
+    assert not any(f"view {number}." in text for text in english for number in (0, 4, 5, 8, 12))
+    assert {group.targets for group in groups if group.source == "reported"} == {("en", "zh")}
+    assert [group for group in groups if group.source == "texts"] == [
+        *(TextGroup("texts", {"en": f"Heart number {number} is normal."}, ("en",)) for number in (1, 2)),
+        *(
+            TextGroup("texts", {"en": f"Heart number {number}.", "zh": f"心影{number}号。"}, ("zh",))
+            for number in (1, 2)
+        ),
+    ], "a translation is written, and the paraphrase that it was made of is not"
+
+
+def test_a_paraphrase_is_neither_written_nor_remembered(made_up_data):
+    # Of study 5 nothing is left when sentences about earlier examinations are gone.
+    row = {"study_id": "5", "modality": "cxr", "split": "train", "findings_en": "Unchanged from the prior exam."}
+    add_rows(made_up_data / "texts" / "data.jsonl", [row])
+    pair = {"study_id": "5", "en": "Heart number 5.", "zh": "心影5号。"}
+    add_rows(made_up_data / "texts" / "parallel_en_zh.jsonl", [pair])
+    bank = TextBank(load_texts(recipe_of(made_up_data)), ("en", "zh"))
+    paraphrases = {row for row, text in enumerate(bank.texts) if re.fullmatch(r"Heart number \d\.", text)}
+    assert len(paraphrases) >= 3
+    assert not paraphrases & {passage.own_row for passage in bank.passages}
+    assert not paraphrases & {row for rows in bank.rows_of.values() for row in rows}
+    sources = {bank.texts[row] for passage in bank.passages for row in passage.other_rows}
+    assert {"Heart number 1.", "Heart number 2."} <= sources
+
+
+def test_translations_that_tell_of_earlier_examinations_or_are_masked_are_not_written(made_up_data):
+    pairs = [
+        {"study_id": "1", "en": "The heart is unchanged from the prior exam.", "zh": "心影较前无变化。"},
+        {"study_id": "2", "en": "XXXX wires are seen.", "zh": "可见XXXX金属丝。"},
+        {"study_id": "2", "en": "The heart is large.", "zh": "心影增大。"},
+    ]
+    add_rows(made_up_data / "texts" / "parallel_en_zh.jsonl", pairs)
+    bank = TextBank(load_texts(recipe_of(made_up_data)), ("en", "zh"))
+    for pair in pairs[:2]:
+        assert not {pair["en"], pair["zh"]} & set(bank.texts)
+    assert {"心影增大。", "心影1号。"} <= {passage.text for passage in bank.passages}
+
+
+def test_pairs_are_images_of_the_training_part_with_each_language(made_up_data):
+    recipe = recipe_of(made_up_data, supervised_sets={"reported": 2, "labelled": 1, "texts": 1}, exclude=["0"])
+    pairs = [(study.source, study.study_id, language) for study, language in load_pairs(recipe, ("en", "zh"))]
+    assert sorted(pairs) == sorted(
+        [("reported", number, language) for number in "12367" for language in ("en", "zh")] * 2
     )
-    groups = load_texts(recipe)
-    texts = [reports["en"] for _, reports in groups]
-    assert sum("view 1." in text for text in texts) == 2
-    assert not any(f"view {number}." in text for text in texts for number in (0, 4, 5, 8))
-    assert [reports for name, reports in groups if name == "texts"] == [
-        {"en": f"Heart number {number} is normal.", "zh": f"心影{number}号。"} for number in (1, 2)
-    ], "a translation is lent to the study's own report"
+    assert {language for _, language in load_pairs(recipe, ("zh",))} == {"zh"}
+
+
+def test_a_set_that_states_no_parts_is_trained_on_whole(made_up_data):
+    path = made_up_data / "reported" / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("", encoding="utf-8")
+    add_rows(path, [{name: value for name, value in row.items() if name != "split"} for row in rows])
+    recipe = recipe_of(made_up_data, text_sets={"reported": 1}, supervised_sets={"reported": 1})
+    assert len(load_texts(recipe)) == len(rows)
+    assert len(load_pairs(recipe, ("en", "zh"))) == 2 * len(rows)
+
+
+# --- the writer ------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_changes_the_model_and_how_it_generates(tiny_checkpoint):
+    before = M3FMConfig.from_pretrained(tiny_checkpoint)
+    recipe = WriteRecipe(base=str(tiny_checkpoint), model={"text_noise_std": 0.7}, generation={"num_beams": 3})
+    model, _, goes_on = build_writer(recipe)
+    assert goes_on
+    assert model.config.text_noise_std == 0.7
+    assert model.config.text_config.to_dict() == before.text_config.to_dict()
+    assert model.config.projection_dim == before.projection_dim
+    assert model.generation_config.num_beams == 3
+    assert model.generation_config.suppress_tokens
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"text_noise": 0.1}}, r"'text_noise' \(did you mean 'text_noise_std'\?\)"),
+        ({"model": {"text_noise_std": "much"}}, "text_noise_std"),
+        ({"model": {"support_temperature": 0.0}}, "support_temperature > 0"),
+        ({"generation": {"num_beam": 3}}, "num_beam"),
+    ],
+)
+def test_misspelt_and_wrong_values_are_refused(values, message, tiny_checkpoint):
+    with pytest.raises(ValueError, match=message):
+        build_writer(WriteRecipe(base=str(tiny_checkpoint), **values))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -147,8 +260,9 @@ def losses(folder) -> list[int]:
 
 
 def test_text_alone_trains_resumes_and_writes(base, write_recipe, tmp_path):
-    facts = run_recipe(write_recipe("write"))
+    facts = run_recipe(write_recipe("write", generation={"num_beams": 2}))
     folder = tmp_path / "write"
+    assert facts["output_dir"] == str(folder)
     assert (facts["supervision"], facts["pairs"], facts["steps"]) == ("text alone", 0, 3)
     assert set(facts["validation"]) >= {"eval_bleu_4_en", "eval_rouge_l_zh", "eval_distinct_zh"}
     assert losses(folder) == [1, 2, 3]
@@ -157,7 +271,11 @@ def test_text_alone_trains_resumes_and_writes(base, write_recipe, tmp_path):
     assert memory.shape == (2, 6, 16)
     torch.testing.assert_close(memory.norm(dim=-1), torch.ones(2, 6), atol=1e-3, rtol=0)
 
-    facts = run_recipe(write_recipe("write"), ["--max_steps", "5"])
+    with pytest.raises(ValueError, match="holds this run, finished"):
+        run_recipe(write_recipe("write", generation={"num_beams": 2}))
+    with pytest.raises(ValueError, match="holds a run with another cross_lingual, generation"):
+        run_recipe(write_recipe("write", cross_lingual=0.1), ["--max_steps", "5"])
+    facts = run_recipe(write_recipe("write", generation={"num_beams": 2}), ["--max_steps", "5"])
     assert facts["steps"] == 5 and json.loads((folder / "run.json").read_text())["steps"] == 5
     assert losses(folder) == [1, 2, 3, 4, 5], "it goes on at step 4"
 
@@ -167,8 +285,25 @@ def test_text_alone_trains_resumes_and_writes(base, write_recipe, tmp_path):
     ids = model.generate(**inputs, language="zh", max_new_tokens=8)
     assert len(processor.batch_decode(ids, skip_special_tokens=True)) == 1
     assert set(range(5)) - {3} <= set(model.generation_config.suppress_tokens)
+    assert model.generation_config.num_beams == 2
     stage1, stage2 = AutoModel.from_pretrained(base), AutoModel.from_pretrained(folder)
     assert all(torch.equal(stage2.state_dict()[name], w) for name, w in stage1.state_dict().items())
+
+
+@pytest.mark.parametrize("save_steps", [3, 4], ids=["within an epoch", "between epochs"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    save_steps, base, write_recipe, run_interrupted, tmp_path
+):
+    # Every other text is written from its translation, all from noisy embeddings; an epoch has four steps.
+    lengths = {"per_device_train_batch_size": 8, "save_steps": save_steps, "max_steps": 7}
+    values = {"cross_lingual": 0.5, "eval_strategy": "no", **lengths}
+    run_recipe(write_recipe("write", **values, output_dir=str(tmp_path / "straight")))
+    interrupted = write_recipe("write", **values, output_dir=str(tmp_path / "interrupted"))
+    run_interrupted(WriteTrainer, interrupted, 6)
+    assert run_recipe(interrupted)["steps"] == 7
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "interrupted"))
+    for name, weight in straight.items():
+        torch.testing.assert_close(resumed[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_pairs_move_the_way_from_the_image_alone(base, write_recipe, tmp_path):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..studies import Study, read_studies
+from ..studies import Study, read_studies, source_name, training_part
 
-__all__ = ["CARVED_FOLDERS", "carve_validation", "split_document", "split_leaks"]
+__all__ = ["CARVED_FOLDERS", "carve_validation", "new_to", "split_document", "split_leaks"]
 
 CARVED_FOLDERS = ("covid_chestxray", "kermany_pneumonia_224", "tb_shenzhen_montgomery_128")
 FRACTION = 0.15
@@ -73,15 +73,24 @@ def _strata(studies: Sequence[Study]) -> Counter[str]:
 
 def split_leaks(studies: Sequence[Study]) -> int:
     """Count the validation studies whose patient or source paper also occurs in training."""
-    train = {(study.source, study.grouped_key) for study in studies if study.split == "train"}
-    return sum((study.source, study.grouped_key) in train for study in studies if study.split == "validation")
+    validation = [study for study in studies if study.split == "validation"]
+    return new_to(training_part(studies), validation).count(False)
+
+
+def new_to(training: Iterable[Study], studies: Iterable[Study]) -> list[bool]:
+    """Tell of each study whether neither its patient nor its source paper occurs in `training`.
+
+    Patients and papers are known within one set: those that two sets share are not found.
+    """
+    known = {(study.source, study.grouped_key) for study in training}
+    return [(study.source, study.grouped_key) not in known for study in studies]
 
 
 def split_document(folder: Path) -> str:
     """Return the JSON text that fixes the validation part of a data folder, and says how it was made."""
     studies = read_studies(folder)
     document = {
-        "folder": folder.name,
+        "folder": source_name(folder),
         "method": "m3fm.data.splits.carve_validation: whole groups (patient, source paper), stratified by finding",
         "fraction": FRACTION,
         "seed": SEED,
