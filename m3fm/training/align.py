@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..configuration_m3fm import M3FMConfig
 from ..data import ParallelPair, Study, finding_sentence, finding_table, label_vector, load_parallel, load_studies
@@ -371,6 +379,23 @@ def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple
     return studies + added, [pair for pair in pairs if pair.split == "validation"]
 
 
+@torch.no_grad()
+def fit_positions(tower: PreTrainedModel, height: int, width: int) -> None:
+    """Resamples a ViT's table of positions to square images of the size it will see.
+
+    The tower would do so at every step; done once, a checkpoint of DINOv2 keeps 256 positions instead of 1,369. Towers
+    that cannot resample theirs are left alone.
+    """
+    embeddings = getattr(tower, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not hasattr(embeddings, "interpolate_pos_encoding") or table is None or height != width:
+        return
+    patches = (height // tower.config.patch_size) * (width // tower.config.patch_size)
+    places = torch.zeros(1, 1 + patches, table.shape[-1])
+    embeddings.position_embeddings = torch.nn.Parameter(embeddings.interpolate_pos_encoding(places, height, width))
+    tower.config.image_size = height
+
+
 def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
     """Builds MultiMedCLIP on the pretrained image tower, the text side new."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
@@ -380,6 +405,10 @@ def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
     positions = getattr(model.config.text_encoder_config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32, use_safetensors=True)
+    fit_positions(
+        model.vision_model, processor.image_processor.size["height"], processor.image_processor.size["width"]
+    )
+    model.config.vision_config.image_size = model.vision_model.config.image_size
     model.vision_model.requires_grad_(not recipe.freeze_vision)
     return model, processor
 

@@ -21,7 +21,7 @@ class FeatureCache:
     """Serves the tokens of images from memory-mapped float16 files, one file per data set.
 
     Filling it is resumable and incremental: an image that any earlier run computed is not computed again. Another
-    tower or other preprocessing has files of its own.
+    tower or other preprocessing has files of its own; an image file that changed its size is another image.
 
     Args:
         folder: Where the files are kept.
@@ -34,7 +34,7 @@ class FeatureCache:
         self.tower = tower.eval()
         self.image_processor = image_processor
         self._key = _fingerprint(tower, image_processor)
-        self._rows: dict[str, dict[str, int]] = {}
+        self._rows: dict[Path, int] = {}
         self._arrays: dict[str, np.memmap] = {}
 
     def fill(self, studies: Sequence[Study], batch_size: int = 16) -> None:
@@ -47,8 +47,7 @@ class FeatureCache:
 
     def get(self, study: Study) -> np.ndarray:
         """Returns the tokens (N, S, C) float16 of a study that `fill` was given."""
-        rows = self._rows[study.source]
-        return self._arrays[study.source][[rows[path.name] for path in study.images]]
+        return self._arrays[study.source][[self._rows[path] for path in study.images]]
 
     @torch.inference_mode()
     def _fill(self, source: str, paths: Sequence[Path], batch_size: int) -> None:
@@ -62,8 +61,9 @@ class FeatureCache:
         kept = "".join(f"{name}\n" for name in names)
         if kept != written:
             index.write_text(kept, encoding="utf-8")
+        marks = {path: _mark(path) for path in paths}
         known = set(names)
-        missing = list(dict.fromkeys(path for path in paths if path.name not in known))
+        missing = [path for path, mark in marks.items() if mark not in known]
         with open(data, "ab") as data_file, open(index, "a", encoding="utf-8") as index_file:
             data_file.truncate(len(names) * row_bytes)
             bar = tqdm(total=len(missing), desc=f"image tokens of {source}", unit="image", disable=not missing)
@@ -71,12 +71,13 @@ class FeatureCache:
                 chunk = missing[start : start + batch_size]
                 data_file.write(self._tokens(chunk).tobytes())
                 data_file.flush()
-                index_file.writelines(f"{path.name}\n" for path in chunk)
+                index_file.writelines(f"{marks[path]}\n" for path in chunk)
                 index_file.flush()
-                names += [path.name for path in chunk]
+                names += [marks[path] for path in chunk]
                 bar.update(len(chunk))
             bar.close()
-        self._rows[source] = {name: row for row, name in enumerate(names)}
+        rows = {name: row for row, name in enumerate(names)}
+        self._rows |= {path: rows[mark] for path, mark in marks.items()}
         self._arrays[source] = np.memmap(data, dtype=np.float16, mode="r", shape=(len(names), *shape))
 
     def _tokens(self, paths: list[Path]) -> np.ndarray:
@@ -93,6 +94,11 @@ class FeatureCache:
         device = next(self.tower.parameters()).device
         pixels = torch.zeros(1, 3, size["height"], size["width"], device=device)
         return tuple(self.tower(pixel_values=pixels).last_hidden_state.shape[1:])
+
+
+def _mark(path: Path) -> str:
+    """Names an image file in the index: by folder and size too, so that another file of its name is another image."""
+    return f"{path.parent.name}/{path.name} {path.stat().st_size}"
 
 
 def _fingerprint(tower: torch.nn.Module, image_processor: M3FMImageProcessor) -> str:

@@ -170,6 +170,9 @@ def finish_run(trainer: Trainer, recipe: Any, facts: dict[str, Any]) -> dict[str
         `facts` with the output folder, the recipe, the arguments that matter and the last validation scores.
     """
     folder = Path(trainer.args.output_dir)
+    # Truncation as it was last used would be saved with the tokenizer, and cut the texts of whoever loads it.
+    trainer.processing_class.tokenizer.backend_tokenizer.no_truncation()
+    trainer.processing_class.tokenizer.backend_tokenizer.no_padding()
     trainer.save_model(str(folder))
     # Pickled, and naming paths of this machine: it stays in the run's own checkpoints.
     (folder / "training_args.bin").unlink(missing_ok=True)

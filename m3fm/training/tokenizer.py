@@ -433,9 +433,9 @@ def run(recipe: TokenizerRecipe) -> dict[str, Any]:
     """Train and save the tokenizer, measure it on its training texts, and write the facts beside it.
 
     Returns:
-        `output_dir`, `vocab_size`, and under `languages` for each language its texts, characters, tokens, characters per token, byte
-        tokens, text lengths, texts that do not survive encoding and decoding (`round_trip_failures`) and texts whose
-        ids differ from sentencepiece's (`parity_failures`).
+        `output_dir`, `vocab_size`, and under `languages` for each language its texts, characters, tokens, characters
+        per token, byte tokens, text lengths, texts that do not survive encoding and decoding (`round_trip_failures`)
+        and texts whose ids differ from sentencepiece's (`parity_failures`).
     """
     tokenizer = train_tokenizer(recipe)
     output_dir = Path(recipe.output_dir)
