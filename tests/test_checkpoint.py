@@ -43,7 +43,7 @@ def reports(writer, processor) -> dict[str, list[str]]:
 
 
 def test_it_is_small_and_in_half_precision():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 70e6
+    assert WEIGHTS.stat().st_size <= 70e6
     with safe_open(WEIGHTS, framework="pt") as file:
         precisions = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
     assert precisions <= {"BF16", "F16"}
@@ -60,7 +60,7 @@ def test_no_path_of_the_machine_it_was_made_on_is_in_it():
     for path in FOLDER.glob("*.json"):
         if path.name != "tokenizer.json":
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r'"[^"]*(?:/home/|/root/|/work/|/tmp/|[A-Z]:\\\\)[^"]*"', text), path.name
+            assert not re.search(r'"(?:/|~|[A-Z]:)[^"]*"', text), path.name
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)

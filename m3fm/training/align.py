@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -31,7 +30,7 @@ from ..modeling_m3fm import M3FMModel
 from ..processing_m3fm import M3FMProcessor
 from .features import FeatureCache
 from .losses import Items, soft_contrastive_loss, soft_targets
-from .runs import batch_generator, check_single_device, finish_run, train_or_resume
+from .runs import ScoredTrainer, batch_generator, check_single_device, finish_run, train_or_resume
 
 MODALITIES = ("cxr", "ct")
 
@@ -164,13 +163,12 @@ class AlignCollator:
         return {"vision_features": torch.from_numpy(features).float(), "image_mask": torch.from_numpy(mask)}
 
 
-class AlignTrainer(Trainer):
-    """`Trainer` with the contrastive loss of stage 1, and retrieval and zero-shot scores as its evaluation."""
+class AlignTrainer(ScoredTrainer):
+    """Trains with the contrastive loss of stage 1; its scores are retrieval and zero-shot diagnosis."""
 
-    def __init__(self, *args: Any, recipe: AlignRecipe, validation: "AlignValidation", **kwargs: Any):
+    def __init__(self, *args: Any, recipe: AlignRecipe, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recipe = recipe
-        self.validation = validation
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -218,14 +216,6 @@ class AlignTrainer(Trainer):
         with torch.no_grad():
             self.accelerator.unwrap_model(model).logit_scale.clamp_(max=float(np.log(100)))
         return super().training_step(model, *args, **kwargs)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Scores the validation studies; the losses of mixed batches would say little."""
-        scores = self.validation.score(self.accelerator.unwrap_model(self.model))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def _embed_by_length(

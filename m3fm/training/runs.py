@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,29 @@ KINDS = {
     "align": Kind(".align", "AlignRecipe", trains=True),
     "write": Kind(".write", "WriteRecipe", trains=True),
 }
+
+
+class Validation(Protocol):
+    """What a run is scored by while it trains."""
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Returns scores of the model, by name."""
+
+
+class ScoredTrainer(Trainer):
+    """`Trainer` that evaluates by scores of validation studies: the loss of mixed batches would say little."""
+
+    def __init__(self, *args: Any, validation: Validation, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Scores the model, and logs the scores."""
+        scores = self.validation.score(self.accelerator.unwrap_model(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def find_recipe(name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoConfig, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoProcessor, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..configuration_m3fm import M3FMConfig
@@ -26,7 +26,7 @@ from ..layers_m3fm import add_noise
 from ..modeling_m3fm import M3FMForReportGeneration, M3FMModel
 from ..processing_m3fm import M3FMProcessor
 from .features import FeatureCache
-from .runs import batch_generator, check_single_device, finish_run, train_or_resume
+from .runs import ScoredTrainer, batch_generator, check_single_device, finish_run, train_or_resume
 
 
 @dataclass
@@ -232,12 +232,8 @@ class WriteCollator:
         return passage.own_row
 
 
-class WriteTrainer(Trainer):
-    """`Trainer` with noise on the text embeddings, and written validation reports as its evaluation."""
-
-    def __init__(self, *args: Any, validation: "WriteValidation", **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.validation = validation
+class WriteTrainer(ScoredTrainer):
+    """Trains with noise on the text embeddings; its scores are those of written validation reports."""
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -258,14 +254,6 @@ class WriteTrainer(Trainer):
         lengths = self.train_dataset.lengths()
         generator = torch.Generator().manual_seed(self.args.seed)
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Writes reports for the validation images and scores them."""
-        scores = self.validation.score(self.accelerator.unwrap_model(self.model))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 class WriteValidation:
