@@ -20,6 +20,7 @@ from m3fm.training.align import (
     AlignTrainer,
     AlignValidation,
     build_model,
+    fit_positions,
     load_training_studies,
 )
 from m3fm.training.runs import run_recipe
@@ -128,11 +129,45 @@ def test_the_tower_is_the_pretrained_one(write_recipe, tmp_path, tiny_config):
     write_recipe("align")
     recipe = AlignRecipe(vision_model=str(tmp_path / "tower"), tokenizer=str(m3fm.DEFAULT_CHECKPOINT))
     recipe.model = {"text_encoder_config": tiny_config.text_encoder_config, "text_config": tiny_config.text_config}
+    recipe.processor = {"size": 28}
     model, processor = build_model(recipe)
     for name, weight in AutoModel.from_pretrained(tmp_path / "tower").state_dict().items():
         assert torch.equal(model.vision_model.state_dict()[name], weight), name
     assert not any(weight.requires_grad for weight in model.vision_model.parameters())
-    assert processor.image_processor.size == {"height": 224, "width": 224}
+    assert processor.image_processor.size == {"height": 28, "width": 28}
+
+
+def test_positions_are_resampled_once_to_the_size_of_the_images(tiny_config):
+    tower = AutoModel.from_config(tiny_config.vision_config).eval()
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = tower(pixel_values=pixels).last_hidden_state
+        fit_positions(tower, 42, 42)
+        assert tower.embeddings.position_embeddings.shape == (1, 1 + 3 * 3, 32)
+        assert tower.config.image_size == 42
+        torch.testing.assert_close(tower(pixel_values=pixels).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_that_cannot_be_resampled_are_left_alone(tiny_config):
+    tower = AutoModel.from_config(tiny_config.vision_config)
+    fit_positions(tower, 42, 28)
+    assert tower.embeddings.position_embeddings.shape == (1, 1 + 2 * 2, 32) and tower.config.image_size == 28
+    fit_positions(torch.nn.Linear(2, 2), 42, 42)
+
+
+def test_a_model_of_resampled_positions_is_saved_and_loaded(write_recipe, tmp_path, tiny_config):
+    write_recipe("align")
+    recipe = AlignRecipe(vision_model=str(tmp_path / "tower"), tokenizer=str(m3fm.DEFAULT_CHECKPOINT))
+    recipe.model = {"text_encoder_config": tiny_config.text_encoder_config, "text_config": tiny_config.text_config}
+    recipe.processor = {"size": 42}
+    model, _ = build_model(recipe)
+    assert not model.vision_model.embeddings.position_embeddings.requires_grad
+    model.save_pretrained(tmp_path / "saved")
+    again = M3FMModel.from_pretrained(tmp_path / "saved")
+    assert again.config.vision_config.image_size == 42
+    positions = model.vision_model.embeddings.position_embeddings
+    assert positions.shape == (1, 1 + 3 * 3, 32)
+    assert torch.equal(again.vision_model.embeddings.position_embeddings, positions)
 
 
 @pytest.mark.parametrize(("positions", "longest"), [(64, 64), (1024, 512)])
@@ -199,6 +234,8 @@ def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch
     assert {"eval_r10_image_en", "eval_r10_image_zh", "eval_r1_en_zh", "eval_auroc_reported"} <= set(scores)
     assert (folder / "curves.png").stat().st_size > 5000
     assert not list(folder.glob("*.bin")), "what is passed on holds no pickle"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer["truncation"] is None and tokenizer["padding"] is None
     first = M3FMModel.from_pretrained(folder)
     assert AutoProcessor.from_pretrained(folder).tokenizer.model_max_length == 256
     with pytest.raises(ValueError, match="holds this run, finished: expected another output_dir, or a longer run"):

@@ -79,6 +79,32 @@ def test_nothing_is_computed_twice(studies, processor, tmp_path):
     assert_right(again, studies, processor)
 
 
+def test_files_of_one_name_in_several_folders_are_not_mixed_up(processor, tmp_path):
+    rng = np.random.default_rng(1)
+    studies = []
+    for patient in ("a", "b"):
+        path = tmp_path / "set" / patient / "view.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+        studies.append(Study(patient, "set", "cxr", (path,), None, {}, None, None))
+    tower = Tower()
+    cache = FeatureCache(tmp_path / "cache", tower, processor)
+    cache.fill(studies)
+    assert tower.seen == 2
+    assert_right(cache, studies, processor)
+
+
+def test_a_file_that_was_replaced_is_computed_anew(studies, processor, tmp_path):
+    FeatureCache(tmp_path / "cache", Tower(), processor).fill(studies)
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(studies[1].images[0])
+    tower = Tower()
+    cache = FeatureCache(tmp_path / "cache", tower, processor)
+    cache.fill(studies)
+    assert tower.seen == 1
+    assert_right(cache, studies, processor)
+
+
 def test_studies_without_images_are_passed_over(processor, tmp_path):
     cache = FeatureCache(tmp_path / "cache", Tower(), processor)
     cache.fill([Study("a", "texts", "cxr", (), None, {"en": "Clear."}, None, None)])
@@ -106,18 +132,18 @@ def files_of_first(folder: Path) -> tuple[Path, Path]:
 def test_a_killed_run_is_gone_on_with(kill, studies, processor, tmp_path):
     FeatureCache(tmp_path / "cache", Tower(), processor).fill(studies[:3])
     data, index = files_of_first(tmp_path / "cache")
-    tokens, names = data.read_bytes(), index.read_text()
+    tokens, names = data.read_bytes(), index.read_text(encoding="utf-8")
     row = len(tokens) // 3
     left = {
-        "tokens ahead": (tokens, "0.png\n", 1),
+        "tokens ahead": (tokens, names[: names.index("\n") + 1], 1),
         "part of a token": (tokens + tokens[: row // 2], names, 3),
-        "half a name": (tokens, "0.png\n1.png\n2.p", 2),
+        "half a name": (tokens, names[:-3], 2),
         "names ahead": (tokens[: row * 2 - 3], names, 1),
         "no tokens at all": (b"", names, 0),
     }
     tokens, names, whole = left[kill]
     data.write_bytes(tokens)
-    index.write_text(names)
+    index.write_text(names, encoding="utf-8")
     tower = Tower()
     cache = FeatureCache(tmp_path / "cache", tower, processor)
     cache.fill(studies[:5])

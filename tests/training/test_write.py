@@ -3,6 +3,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from m3fm import M3FMConfig
 from m3fm.training.runs import run_recipe
 from m3fm.training.write import (
+    Passage,
     TextBank,
     TextGroup,
     WriteCollator,
+    WriteDataset,
     WriteRecipe,
     WriteTrainer,
     _equal_shares,
@@ -214,6 +217,23 @@ def test_a_set_that_states_no_parts_is_trained_on_whole(made_up_data):
     recipe = recipe_of(made_up_data, text_sets={"reported": 1}, supervised_sets={"reported": 1})
     assert len(load_texts(recipe)) == len(rows)
     assert len(load_pairs(recipe, ("en", "zh"))) == 2 * len(rows)
+
+
+def test_a_batch_holds_items_of_like_length_and_an_epoch_each_of_them_once(made_up_data):
+    texts = ["a" * (1 + 7 * number % 64) for number in range(60)]
+    passages = [Passage(text, "en", row, ()) for row, text in enumerate(texts)]
+    pairs = load_pairs(recipe_of(made_up_data, supervised_sets={"reported": 1}), ("en", "zh"))
+    dataset = WriteDataset(passages, pairs)
+    lengths = dataset.lengths()
+    assert lengths[:60] == [len(text) for text in texts]
+    assert lengths[60:] == [len(study.reports[language].encode()) for study, language in pairs]
+    trainer = WriteTrainer.__new__(WriteTrainer)
+    trainer.train_dataset, trainer.args = dataset, SimpleNamespace(seed=3, train_batch_size=4)
+    order = list(trainer._get_train_sampler(dataset))
+    assert sorted(order) == list(range(len(dataset)))
+    batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, len(order), 4)]
+    assert np.mean([max(batch) - min(batch) for batch in batches]) < 0.3 * np.ptp(lengths)
+    assert order != list(range(len(dataset)))
 
 
 # --- the writer ------------------------------------------------------------------------------------------------------
