@@ -103,7 +103,7 @@ class AlignCollator:
 
     def __call__(self, studies: list[Study]) -> dict[str, Any]:
         """Collates `studies` into the inputs of `AlignTrainer`."""
-        rng = batch_generator()
+        rng = batch_generator(f"{study.source}/{study.study_id}" for study in studies)
         speaks_by_labels = [self._speaks_by_labels(study, rng) for study in studies]
         texts = [
             self._label_sentences(study, rng) if by_labels else self._reports(study)
@@ -351,7 +351,7 @@ def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple
     added = []
     for number, pair in enumerate(pairs):
         study = by_id.get(pair.study_id)
-        if study is None:
+        if study is None or pair.split == "validation":
             continue
         added.append(
             Study(
@@ -366,7 +366,7 @@ def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple
                 grouped_key=study.grouped_key,
             )
         )
-    return studies + added, [pair for pair in pairs if pair.split == "validation"]
+    return studies + added, [pair for pair in pairs if pair.split == "validation" and pair.study_id in by_id]
 
 
 @torch.no_grad()
@@ -392,8 +392,7 @@ def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
     processor = M3FMProcessor(M3FMImageProcessor(**recipe.processor), tokenizer)
     vision_config = AutoConfig.from_pretrained(recipe.vision_model)
     model = M3FMModel(M3FMConfig(vision_config=vision_config, **recipe.model))
-    positions = getattr(model.config.text_encoder_config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_text_tokens or tokenizer.model_max_length)
     model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32, use_safetensors=True)
     fit_positions(
         model.vision_model, processor.image_processor.size["height"], processor.image_processor.size["width"]

@@ -1,9 +1,10 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Recipes from YAML to a run, and what every run leaves behind: model, facts, history, curves."""
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +50,12 @@ class ScoredTrainer(Trainer):
     def __init__(self, *args: Any, validation: Validation, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.validation = validation
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Loads by `from_pretrained`: the names in a file differ from the module's, and Trainer would only warn."""
+        model = self.model if model is None else model
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Scores the model, and logs the scores."""
@@ -140,13 +147,18 @@ def check_single_device(arguments: TrainingArguments) -> None:
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise ValueError(
             f"Expected one process on one device, got {arguments.world_size} on {arguments.n_gpu} GPUs: "
-            "set CUDA_VISIBLE_DEVICES to one of them."
+            "start it without a launcher, with CUDA_VISIBLE_DEVICES set to one of them."
         )
 
 
-def batch_generator() -> np.random.Generator:
-    """Returns a generator for one batch, drawn from torch's state: a resumed run restores it, and goes on alike."""
-    return np.random.default_rng(int(torch.randint(2**31, ())))
+def batch_generator(names: Iterable[str]) -> np.random.Generator:
+    """Returns a generator for one batch, seeded by what is in it.
+
+    A state would not survive an interruption: batches are collated ahead of the step that is saved. Shuffling gives a
+    study other company in every epoch, so its draws change.
+    """
+    digest = hashlib.sha256("\n".join(names).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def train_or_resume(trainer: Trainer, recipe: Any) -> None:
@@ -158,20 +170,18 @@ def train_or_resume(trainer: Trainer, recipe: Any) -> None:
     arguments = trainer.args
     folder = Path(arguments.output_dir)
     settings = json.loads(json.dumps(asdict(recipe) | {name: getattr(arguments, name) for name in FIXED_ARGUMENTS}))
-    record = folder / "settings.json"
-    if record.is_file():
+    record, finished, checkpoint = folder / "settings.json", folder / "run.json", latest_checkpoint(folder)
+    if record.is_file() and (finished.is_file() or checkpoint is not None):
         earlier = json.loads(record.read_text(encoding="utf-8"))
         changed = sorted(name for name in settings.keys() | earlier.keys() if settings.get(name) != earlier.get(name))
         if changed:
             raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: expected another output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-    finished = folder / "run.json"
     if finished.is_file():
         earlier = json.loads(finished.read_text(encoding="utf-8"))["arguments"]
         if all(earlier.get(name) == getattr(arguments, name) for name in LENGTH_ARGUMENTS):
             raise ValueError(f"{folder} holds this run, finished: expected another output_dir, or a longer run.")
-    checkpoint = latest_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 

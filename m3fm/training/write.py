@@ -7,6 +7,7 @@ names `supervised_sets`, image-report pairs are trained on besides, through the 
 uses: what comes out is then no longer a zero-shot writer, and its facts say so.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ class WriteDataset(Dataset):
         return [len(text.encode()) for text in texts]
 
 
+class ByLengthSampler(LengthGroupedSampler):
+    """Groups items of like length, anew in each epoch; by its number, so that a resumed run finds the same order."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Is told the epoch by Trainer."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class WriteCollator:
     """Turns passages and pairs into decoder inputs: prompt, report, end; the loss is on report and end alone."""
 
@@ -185,8 +203,8 @@ class WriteCollator:
 
     def __call__(self, items: list[Passage | tuple[Study, str]]) -> dict[str, Any]:
         """Collates into {"text": ..., "image": ...}, either of which may be missing."""
-        rng = batch_generator()
         passages = [item for item in items if isinstance(item, Passage)]
+        rng = batch_generator(item.text for item in passages)
         pairs = [item for item in items if not isinstance(item, Passage)]
         batch = {}
         if passages:
@@ -251,9 +269,7 @@ class WriteTrainer(ScoredTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """Puts items of like length into one batch: mixed at random, half of every batch would be padding."""
-        lengths = self.train_dataset.lengths()
-        generator = torch.Generator().manual_seed(self.args.seed)
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
+        return ByLengthSampler(self.args.train_batch_size, self.train_dataset.lengths(), self.args.seed)
 
 
 class WriteValidation:
@@ -290,7 +306,7 @@ class WriteValidation:
 def load_texts(recipe: WriteRecipe) -> list[TextGroup]:
     """Returns the texts of every training study, repeated as the recipe says.
 
-    Of a parallel text only the languages that the own report lacks are written: the rest is the paraphrase that
+    Of a parallel text only the languages that the set's own reports lack are written: the rest is the paraphrase that
     the translation was made of, and no radiologist's. Translations that speak of earlier examinations are left out, as
     such sentences are left out of the reports.
     """
@@ -299,10 +315,11 @@ def load_texts(recipe: WriteRecipe) -> list[TextGroup]:
     for name, repeats in recipe.text_sets.items():
         studies = [study for study in training_part(load_studies(root / name)) if study.study_id not in recipe.exclude]
         own = [TextGroup(name, study.reports, tuple(study.reports)) for study in studies if study.reports]
+        own_languages = {language for study in studies for language in study.reports}
         by_id = {study.study_id: study for study in studies}
         for pair in load_parallel(root / name) if name in recipe.parallel_sets else []:
             if pair.study_id in by_id and not mentions_earlier_or_mask(pair.texts["en"]):
-                lacking = tuple(code for code in pair.texts if code not in by_id[pair.study_id].reports)
+                lacking = tuple(code for code in pair.texts if code not in own_languages)
                 own.append(TextGroup(name, pair.texts, lacking))
         groups += own * repeats
     return groups
@@ -332,7 +349,9 @@ def build_writer(recipe: WriteRecipe) -> tuple[M3FMForReportGeneration, M3FMProc
         # Control tokens, those kept for further languages too, are for prompts: none is to be written.
         control = set(processor.tokenizer.added_tokens_decoder) - {processor.tokenizer.eos_token_id}
         model.generation_config.suppress_tokens = sorted(control)
-    model.generation_config.update(**recipe.generation)
+    unknown = model.generation_config.update(**recipe.generation)
+    if unknown:
+        raise ValueError(f"Expected `generation` to hold values of GenerationConfig, got {sorted(unknown)}.")
     return model, processor, goes_on
 
 
