@@ -20,6 +20,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from .. import DEFAULT_CHECKPOINT
 from ..data import Study, fingerprint, load_parallel, load_studies, training_part
 from ..data.splits import new_to
 from ..data.studies import TRAINING_SPLIT, source_name
@@ -427,9 +428,10 @@ def _library_versions() -> dict[str, str]:
 
 
 def _command(model: str | Path, data: str | Path, languages: Sequence[str], output: str | Path, options: dict) -> str:
-    """Returns the command line that repeats the run."""
-    words = ["m3fm", "evaluate", "--task", "report", "--model", str(model), "--data", str(data)]
-    words += ["--language", *languages, "--output", str(output)]
+    """Returns the command line that repeats the run; the shipped checkpoint goes without its path."""
+    words = ["m3fm", "evaluate", "--task", "report"]
+    words += [] if Path(model) == DEFAULT_CHECKPOINT else ["--model", str(model)]
+    words += ["--data", str(data), "--language", *languages, "--output", str(output)]
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     return shlex.join(words)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+import m3fm
 from m3fm.data import Study
 from m3fm.evaluation import report
 from m3fm.evaluation.report import evaluate_parallel, evaluate_reports, generate_predictions, render_table
@@ -285,3 +286,12 @@ def test_the_table_is_markdown_and_pure():
         "| en → image | 72 | 0.100 | 0.014 | 0.500 | 0.140 | 10.5 |",
     ]
     assert render_table({}) == ""
+
+
+def test_command_of_the_shipped_checkpoint_names_no_path():
+    options = {"split": "validation", "num_beams": None}
+    command = report._command(m3fm.DEFAULT_CHECKPOINT, "../data/set", ["en", "zh"], "out", options)
+    assert command == (
+        "m3fm evaluate --task report --data ../data/set --language en zh --output out --split validation"
+    )
+    assert "--model runs/mine" in report._command("runs/mine", "../data/set", ["en"], "out", {})
