@@ -23,6 +23,7 @@ __all__ = [
     "finding_sentence",
     "finding_table",
     "label_column",
+    "label_names",
     "label_sources",
     "label_vector",
     "missing_labels_mean_none",
@@ -68,6 +69,9 @@ FINDINGS: tuple[str, ...] = (
     "mosaic_attenuation",
     "aortic_enlargement",
     "interstitial_lung_disease",
+    "ground_glass_opacity",
+    "cavity",
+    "air_bronchogram",
 )
 
 # A device is no disease (CheXpert's rule), and a patient with proven COVID-19 may have a clear image.
@@ -162,6 +166,11 @@ def label_column(source: str) -> str:
     return _source(source).column
 
 
+def label_names(source: str) -> frozenset[str]:
+    """Return the label names of a source."""
+    return frozenset(_source(source).labels)
+
+
 def missing_labels_mean_none(source: str) -> bool:
     """Tell whether a row without labels was annotated there and has none, rather than not annotated."""
     return _source(source).empty_means_none
@@ -174,13 +183,14 @@ def _source(source: str) -> _Source:
         raise ValueError(f"unknown label source {source!r}; expected one of {', '.join(_sources())}") from None
 
 
-def canonical_findings(labels: Iterable[str], source: str) -> dict[str, float]:
+def canonical_findings(labels: Iterable[str], source: str, denied: Iterable[str] = ()) -> dict[str, float]:
     """Translate a data set's own labels into canonical findings.
 
     Args:
         labels: Label names as the data set writes them.
         source: The data set, one of `label_sources()`: a data folder's name, "chexpert", "vindr", "rsna", "siim",
             or "canonical" for canonical and CheXpert names with nothing denied.
+        denied: Further findings that are 0.0 where not named.
 
     Returns:
         1.0 for each finding named, 0.0 for each that the set annotates exhaustively and did not name. Findings that
@@ -192,7 +202,7 @@ def canonical_findings(labels: Iterable[str], source: str) -> dict[str, float]:
     spec = _source(source)
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of names, got the string {labels!r}")
-    findings = dict.fromkeys(sorted(spec.exhaustive), 0.0)
+    findings = dict.fromkeys(sorted(spec.exhaustive.union(denied)), 0.0)
     for label in labels:
         if label not in spec.labels:
             near = difflib.get_close_matches(str(label), spec.labels, n=1, cutoff=0.0)

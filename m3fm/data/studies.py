@@ -19,7 +19,14 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .labels import canonical_findings, label_column, label_sources, missing_labels_mean_none
+from .labels import (
+    NO_FINDING,
+    canonical_findings,
+    label_column,
+    label_names,
+    label_sources,
+    missing_labels_mean_none,
+)
 from .report_text import clean_report, repair_characters
 
 __all__ = [
@@ -133,8 +140,9 @@ def load_studies(folder: Path) -> list[Study]:
     Sets that come without a validation part get the one that m3fm fixes for them (`m3fm.data.splits`).
 
     Args:
-        folder: Has `metadata.jsonl` or `data.jsonl`. Its name tells which label names to expect; in a folder of
-            another name labels are canonical or CheXpert names.
+        folder: Has `metadata.jsonl` or `data.jsonl`. Its name tells which label names to expect. In a folder of
+            another name the labels used tell which known set it is a part of; where they are no set's, they are
+            canonical, CheXpert's or English names, and a row denies those of them that it does not name.
 
     Raises:
         ValueError: For a missing file, a line that is not JSON, a missing column, an unknown label or a repeated
@@ -156,13 +164,14 @@ def read_studies(folder: Path) -> list[Study]:
     path = next((folder / name for name in (_IMAGE_ROWS, _TEXT_ROWS) if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has neither {_IMAGE_ROWS} nor {_TEXT_ROWS}; expected a data folder")
-    source = source_name(folder)
     rows = list(_read_rows(path))
+    source = _known_set(rows, source_name(folder))
     ids = _study_ids(rows, source)
+    denied = _denied_findings(rows, source)
     studies: dict[str, Study] = {}
     views: set[str] = set()
     for row, study_id, key in zip(rows, ids, _grouped_keys(rows, ids, source), strict=True):
-        study = _study(row, folder, study_id, key)
+        study = _study(row, folder, source, study_id, key, denied)
         if study_id not in studies:
             studies[study_id] = study
             if _is_view(row, source):
@@ -279,8 +288,7 @@ def _add_view(study: Study, view: Study, where: str) -> Study:
     return replace(study, images=study.images + view.images, **told)
 
 
-def _study(row: _Row, folder: Path, study_id: str, grouped_key: str) -> Study:
-    source = source_name(folder)
+def _study(row: _Row, folder: Path, source: str, study_id: str, grouped_key: str, denied: frozenset[str]) -> Study:
     images: tuple[Path, ...] = ()
     if row.names_image:
         image = folder / row.require("file_name")
@@ -291,12 +299,12 @@ def _study(row: _Row, folder: Path, study_id: str, grouped_key: str) -> Study:
     examination = row.get("study_id") if images and not _is_view(row, source) else None
     return Study(
         study_id=study_id,
-        source=source,
+        source=source_name(folder),
         modality=_modality(row, source),
         images=images,
         patient_id=_patient(row, source) or examination,
         reports=_reports(row),
-        findings=_findings(row, source),
+        findings=_findings(row, source, denied),
         split=row.get("split") or _UNSPLIT.get(source),
         grouped_key=grouped_key,
     )
@@ -339,8 +347,31 @@ def _reports(row: _Row) -> dict[str, str]:
     return reports
 
 
-def _findings(row: _Row, folder_name: str) -> dict[str, float] | None:
-    source = folder_name if folder_name in label_sources() else "canonical"
+def _known_set(rows: list[_Row], folder_name: str) -> str:
+    """Return the set whose conventions the rows follow: the folder's name, or else the set that has its labels.
+
+    A part of a known set is often kept in a folder of another name. Of several sets that have all the labels used, it
+    is the one with the fewest others; "canonical" where none has.
+    """
+    if folder_name in label_sources():
+        return folder_name
+    fitting = []
+    for source in label_sources():
+        used = [row.values.get(label_column(source)) for row in rows]
+        names = {name for labels in used if isinstance(labels, list) for name in labels if isinstance(name, str)}
+        if names and names <= label_names(source):
+            fitting.append((len(label_names(source)), source))
+    return min(fitting)[1] if fitting else "canonical"
+
+
+def _denied_findings(rows: list[_Row], source: str) -> frozenset[str]:
+    """Return the findings that a row of a set without conventions denies by not naming them: those its rows use."""
+    if source != "canonical":
+        return frozenset()
+    return frozenset(finding for row in rows for finding in _findings(row, source, frozenset()) or {}) - {NO_FINDING}
+
+
+def _findings(row: _Row, source: str, denied: frozenset[str]) -> dict[str, float] | None:
     labels = row.values.get(label_column(source))
     if labels is None:
         if not missing_labels_mean_none(source):
@@ -352,7 +383,7 @@ def _findings(row: _Row, folder_name: str) -> dict[str, float] | None:
     if not isinstance(labels, list):
         raise ValueError(f"{row.where}: labels must be a list, got {type(labels).__name__}")
     try:
-        return canonical_findings(labels, source) or None
+        return canonical_findings(labels, source, denied) or None
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from None
 

@@ -77,6 +77,39 @@ def test_openi_study_outside_the_published_split_is_for_training(tmp_path):
     assert load_studies(write_folder(tmp_path, "openi_iu_reports", rows, "data.jsonl"))[0].split == "train"
 
 
+@pytest.mark.parametrize(
+    ("labels", "findings"),
+    [
+        # COV-CTR's and the tuberculosis set's own names; theirs is what a row denies.
+        ([["non-COVID"], ["COVID-19"]], [{"covid_19": 0.0}, {"covid_19": 1.0}]),
+        (
+            [["No Finding"], ["Tuberculosis"]],
+            [{"no_finding": 1.0, "tuberculosis": 0.0}, {"no_finding": 0.0, "tuberculosis": 1.0}],
+        ),
+        # No set's: what some rows name the others deny, and a row without labels says nothing.
+        (
+            [["cardiomegaly", "Scoliosis"], [], ["scoliosis"], None],
+            [
+                {"cardiomegaly": 1.0, "scoliosis": 1.0},
+                {"cardiomegaly": 0.0, "scoliosis": 0.0},
+                {"cardiomegaly": 0.0, "scoliosis": 1.0},
+                None,
+            ],
+        ),
+    ],
+)
+def test_a_part_of_a_known_set_in_a_folder_of_another_name(tmp_path, labels, findings):
+    rows = [
+        {"file_name": f"{number}.png", "modality": "cxr", "labels": names, "split": "test"}
+        for number, names in enumerate(labels)
+    ]
+    read = load_studies(write_folder(tmp_path, "held_back", rows))
+    assert [each.source for each in read] == ["held_back"] * len(rows)
+    for each, expected in zip(read, findings, strict=True):
+        assert expected is None or expected.items() <= each.findings.items()
+        assert (each.findings is None) == (expected is None)
+
+
 def test_folder_of_any_name_takes_canonical_labels_and_reading(tmp_path):
     row = {"file_name": "images/a.nii.gz", "modality": "ct", "labels": ["Lung Lesion"], "reading_en": "a  mass"}
     (only,) = load_studies(write_folder(tmp_path, "my_hospital", [row]))
