@@ -40,7 +40,8 @@ def sweep(
         for features in tokens:
             ids = model.generate(vision_features=features, language=language, num_beams=count, do_sample=False)
             texts += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-        scores = score_reports(texts, [study.reports[language] for study in studies], language)
+        references = [study.reports[language] for study in studies]
+        scores = score_reports(texts, references, language, metrics=("bleu_4", "rouge_l"))
         scores["distinct"] = distinct_ratio(texts)
         row = {"temperature": tau, "beams": count, "language": language}
         rows.append(row | {name: scores[name] for name in COLUMNS})

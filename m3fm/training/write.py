@@ -297,8 +297,9 @@ class WriteValidation:
         scores = {}
         for language in model.config.languages if self.studies else ():
             texts = self.write(model, language)
-            metrics = score_reports(texts, [study.reports[language] for study in self.studies], language)
-            scores |= {f"{name}_{language}": metrics[name] for name in ("bleu_4", "rouge_l")}
+            references = [study.reports[language] for study in self.studies]
+            metrics = score_reports(texts, references, language, metrics=("bleu_4", "rouge_l"))
+            scores |= {f"{name}_{language}": value for name, value in metrics.items()}
             scores[f"distinct_{language}"] = distinct_ratio(texts)
         return scores
 
