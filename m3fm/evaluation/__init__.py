@@ -1,22 +1,38 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""Measure what a checkpoint is worth: text metrics, floors beside them, retrieval, and the run that records them."""
+"""Measure what a checkpoint is worth: scores of reports and of diagnosis, floors beside them, and how sure they are.
 
-from .baselines import derangement, nearest_neighbors, random_reports, select_constant_report
-from .report import evaluate_parallel, evaluate_reports, render_table
+What scores texts is named here. What runs a checkpoint is in the modules `report`, `diagnosis`, `parallel` and
+`paper`; `compare` tells two runs apart.
+"""
+
+from .clinical_metrics import CLINICAL_METRICS, ClinicalScorer
+from .finding_labeler import FindingLabeler, FindingMention, LabeledFinding, find_mentions, label_report, label_reports
+from .resampling import cluster_weights, compare_rows, point_scores
 from .retrieval import retrieval_recall, same_text
-from .text_metrics import distinct_ratio, score_reports, tokenize_report
+from .text_metrics import METRICS, TextScorer, distinct_ratio, metric_names, score_reports
+from .tokens import LANGUAGES, TOKENIZATIONS, tokenize, tokenize_report
 
 __all__ = [
-    "derangement",
+    "CLINICAL_METRICS",
+    "LANGUAGES",
+    "METRICS",
+    "TOKENIZATIONS",
+    "ClinicalScorer",
+    "FindingLabeler",
+    "FindingMention",
+    "LabeledFinding",
+    "TextScorer",
+    "cluster_weights",
+    "compare_rows",
     "distinct_ratio",
-    "evaluate_parallel",
-    "evaluate_reports",
-    "nearest_neighbors",
-    "random_reports",
-    "render_table",
+    "find_mentions",
+    "label_report",
+    "label_reports",
+    "metric_names",
+    "point_scores",
     "retrieval_recall",
     "same_text",
     "score_reports",
-    "select_constant_report",
+    "tokenize",
     "tokenize_report",
 ]

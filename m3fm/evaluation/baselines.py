@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .text_metrics import rouge_l_against, tokenize_report
+from .ngrams import rouge_l_against
+from .tokens import tokenize_report
+
+_QUERIES_AT_ONCE = 1024
 
 
 def select_constant_report(reports: Sequence[str], language: str, max_reports: int = 1000, seed: int = 0) -> int:
@@ -39,17 +42,43 @@ def select_constant_report(reports: Sequence[str], language: str, max_reports: i
     return int(chosen[int(np.argmax(scores))])
 
 
-def random_reports(reports: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """Draws `count` training reports, with replacement.
+def random_reports(
+    reports: Sequence[str],
+    count: int,
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
+    gallery_groups: Sequence[int] | None = None,
+) -> list[str]:
+    """Draws `count` reports with replacement, all equally likely.
+
+    Args:
+        reports: To draw from.
+        count: How many.
+        seed: Of the draws.
+        groups: Of each drawn place, the group it must not be drawn from; with `gallery_groups`, where the reports are
+            those of the evaluated studies themselves.
+        gallery_groups: The group of each report.
 
     Raises:
-        ValueError: Without reports.
+        ValueError: Without reports, or if all of them are of the group that they must not be drawn from.
     """
     _check_reports(reports)
-    return [reports[i] for i in np.random.default_rng(seed).integers(len(reports), size=count)]
+    generator = np.random.default_rng(seed)
+    places = generator.integers(len(reports), size=count)
+    if groups is not None:
+        own, theirs = np.asarray(groups), np.asarray(gallery_groups)
+        _check_groups(own, theirs)
+        while len(clashes := np.flatnonzero(theirs[places] == own)):
+            places[clashes] = generator.integers(len(reports), size=len(clashes))
+    return [reports[place] for place in places]
 
 
-def nearest_neighbors(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+def nearest_neighbors(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    groups: Sequence[int] | None = None,
+    gallery_groups: Sequence[int] | None = None,
+) -> np.ndarray:
     """Finds for each query the most similar gallery item by cosine.
 
     Features may come from any model: with image features of evaluated studies as queries and of training studies as
@@ -58,14 +87,29 @@ def nearest_neighbors(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     Args:
         queries: (Q, D).
         gallery: (G, D).
+        groups: (Q,), of each query the group that is not searched; with `gallery_groups`, where the gallery is the
+            evaluated studies themselves.
+        gallery_groups: (G,), the group of each gallery item.
 
     Returns:
         (Q,) indices into the gallery; the first of equals.
 
     Raises:
-        ValueError: If shapes do not fit, a matrix is empty, or a number is not finite.
+        ValueError: If shapes do not fit, a matrix is empty, a number is not finite, or nothing is left to search.
     """
-    return (unit_rows("queries", queries) @ unit_rows("gallery", gallery, np.shape(queries)[-1]).T).argmax(axis=1)
+    rows, columns = unit_rows("queries", queries), unit_rows("gallery", gallery, np.shape(queries)[-1])
+    found = np.empty(len(rows), dtype=np.int64)
+    own, theirs = np.asarray(groups), np.asarray(gallery_groups)
+    if groups is not None:
+        _check_groups(own, theirs)
+    # In parts: all similarities of a large set at once would not fit the memory.
+    for start in range(0, len(rows), _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        similarity = rows[part] @ columns.T
+        if groups is not None:
+            similarity[own[part, None] == theirs[None, :]] = -np.inf
+        found[part] = similarity.argmax(axis=1)
+    return found
 
 
 def derangement(count: int, seed: int = 0) -> np.ndarray:
@@ -99,6 +143,11 @@ def unit_rows(name: str, matrix: np.ndarray, width: int | None = None) -> np.nda
         )
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms == 0, 1, norms)
+
+
+def _check_groups(groups: np.ndarray, gallery_groups: np.ndarray) -> None:
+    if len(set(gallery_groups.tolist())) < 2 and set(groups.tolist()) & set(gallery_groups.tolist()):
+        raise ValueError("Expected reports of at least two patients to draw from others, got those of one.")
 
 
 def _check_reports(reports: Sequence[str]) -> None:

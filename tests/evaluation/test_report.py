@@ -3,11 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-import m3fm
-from m3fm.data import Study
 from m3fm.evaluation import report
-from m3fm.evaluation.report import evaluate_parallel, evaluate_reports, generate_predictions, render_table
+from m3fm.evaluation.report import evaluate_reports
+from m3fm.evaluation.tables import render_table
 
 FINDINGS = {"clear": ("The lungs are clear.", "双肺清晰。"), "effusion": ("Left effusion is seen.", "左侧胸腔积液。")}
 FINDINGS |= {
@@ -16,9 +16,8 @@ FINDINGS |= {
 }
 
 
-def study(index, split, finding):
-    reports = dict(zip(("en", "zh"), FINDINGS[finding], strict=True))
-    return Study(f"{split}-{index}", "made_up", "cxr", (), None, reports, None, split)
+def write_image(path, level):
+    Image.fromarray(np.add.outer(np.arange(32), np.full(32, level)).astype(np.uint8)).save(path)
 
 
 class FakeReporter:
@@ -31,13 +30,13 @@ class FakeReporter:
     def __init__(self, *arguments):
         pass
 
-    def generate(self, studies, language):
+    def generate(self, studies, language, control=None):
         self.calls.append((len(studies), language))
-        if language == "zh":
-            return [FINDINGS["clear"][1]] * len(studies)
+        if language == "zh" or control is not None:
+            return [FINDINGS["clear"][("en", "zh").index(language)]] * len(studies)
         return [FINDINGS[self.finding(each)][0] for each in studies]
 
-    def embed_studies(self, studies):
+    def embed_studies(self, studies, control=None):
         return {space: self.one_hot(map(self.finding, studies)) for space in ("shared", "tower")}
 
     def embed_texts(self, texts):
@@ -64,7 +63,7 @@ def folders(tmp_path, monkeypatch):
         for finding in [*FINDINGS, "clear"]:
             for repeat in range(repeats):
                 name = f"{finding}_{split}_{len(rows)}_{repeat}.png"
-                (data / name).write_bytes(b"")
+                write_image(data / name, len(rows))
                 english, chinese = FINDINGS[finding]
                 row = {
                     "file_name": name,
@@ -80,68 +79,17 @@ def folders(tmp_path, monkeypatch):
     return model, data, tmp_path / "out"
 
 
-def test_predictions_are_written_a_line_a_study(tmp_path):
-    studies = [study(i, "validation", finding) for i, finding in enumerate(FINDINGS)]
-    path = tmp_path / "predictions.jsonl"
-    rows = generate_predictions(
-        lambda batch, code: [f"{code} of {s.study_id}" for s in batch], studies, ["zh"], path, 3
-    )
-    assert rows == [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert rows[1] == {
-        "study_id": "validation-1",
-        "prediction": {"zh": "zh of validation-1"},
-        "reference": {"zh": "左侧胸腔积液。"},
-    }
-
-
-def test_an_interrupted_run_goes_on_after_its_last_whole_line(tmp_path):
-    studies = [study(i, "validation", "clear") for i in range(7)]
-    path = tmp_path / "predictions.jsonl"
-    seen = []
-
-    def generate(batch, language):
-        if len(seen) == 4 and interrupt:
-            raise KeyboardInterrupt
-        seen.extend(each.study_id for each in batch)
-        return ["x"] * len(batch)
-
-    interrupt = True
-    with pytest.raises(KeyboardInterrupt):
-        generate_predictions(generate, studies, ["en"], path, 2)
-    before = path.read_bytes()
-    assert before.count(b"\n") == 4
-    path.write_bytes(before + '{"study_id": "validation-4", "prediction": {"en": "半'.encode()[:-1])
-    interrupt = False
-    rows = generate_predictions(generate, studies, ["en"], path, 2)
-    assert [row["study_id"] for row in rows] == [each.study_id for each in studies]
-    assert seen == [each.study_id for each in studies]
-    assert path.read_bytes().startswith(before)
-    assert path.read_bytes().count(b"\n") == 7
-    generate_predictions(lambda *_: pytest.fail("computed again"), studies, ["en"], path, 2)
-
-
-def test_damaged_predictions_and_wrong_generators_are_refused(tmp_path):
-    studies = [study(0, "validation", "clear"), study(1, "validation", "edema")]
-    path = tmp_path / "predictions.jsonl"
-    with pytest.raises(ValueError, match="Expected 2 reports in 'en', got 1"):
-        generate_predictions(lambda *_: ["one"], studies, ["en"], path, 2)
-    with pytest.raises(ValueError, match="some that repeat"):
-        generate_predictions(lambda *_: ["one"], studies[:1] * 2, ["en"], path, 2)
-    with pytest.raises(ValueError, match="batch_size >= 1"):
-        generate_predictions(lambda *_: ["one"], studies, ["en"], path, 0)
-    path.write_text('{"study_id": "validation-0"}\nnot json\n')
-    with pytest.raises(ValueError, match="line 2: expected a prediction"):
-        generate_predictions(lambda *_: ["one"], studies, ["en"], path, 2)
-
-
 def test_the_whole_run(folders, capsys):
     model, data, output = folders
     metrics = evaluate_reports(model, data, output_dir=output, batch_size=4)
     rows = metrics["rows"]
-    assert list(rows) == list(report.ROW_TITLES)
+    controls, floors = ["shuffled_images", "blank_images", "noise_images"], ["constant_report", "random_report"]
+    assert list(rows) == ["model", *controls, *floors, "nearest_neighbor_shared", "nearest_neighbor_tower"]
     # It reads images in English: perfect, and worse on other patients' images. It does not in Chinese: no difference.
     assert rows["model"]["en"]["bleu_4"] == pytest.approx(1)
+    assert rows["model"]["en"]["finding_f1_micro"] == 1
     assert rows["shuffled_images"]["en"]["bleu_4"] < 0.5
+    assert rows["blank_images"]["en"]["distinct"] == 0.1
     assert rows["model"]["zh"] == pytest.approx(rows["shuffled_images"]["zh"])
     assert rows["model"]["zh"]["distinct"] == rows["constant_report"]["en"]["distinct"] == 0.1
     assert rows["nearest_neighbor_shared"]["zh"]["rouge_l"] == pytest.approx(1)
@@ -150,26 +98,91 @@ def test_the_whole_run(folders, capsys):
     assert metrics["retrieval"]["image-en"]["forward"]["recall@1"] == 1
     assert metrics["retrieval"]["image-zh"]["forward"]["chance@1"] == pytest.approx((4 * 4 + 6 * 2) / 100)
     assert metrics["retrieval"]["en-zh"]["backward"]["recall@1"] == 1
-    assert metrics["num_studies"] == {"en": 10, "zh": 10}
+    assert metrics["num_studies"] == metrics["num_groups"] == {"en": 10, "zh": 10}
+    assert metrics["floors_from"] == {"en": "training part", "zh": "training part"}
+    assert metrics["findings"]["en"]["pleural_effusion"] == {
+        "precision": 1, "recall": 1, "f1": 1, "support": 2, "predicted": 2
+    }  # fmt: skip
     assert set(metrics["constant"]["en"]) == {"report_sha256", "criterion"}
-    assert "_train_" not in json.dumps(metrics)
     assert "new_patients" not in metrics
+    assert capsys.readouterr().out.startswith(render_table(metrics) + "\n")
+
+
+def test_image_use_is_told_from_chance(folders):
+    metrics = evaluate_reports(*folders[:2], output_dir=folders[2])
+    for control in ("shuffled_images", "blank_images", "noise_images"):
+        gap = metrics["differences"][control]["en"]["bleu_4"]
+        assert 0 < gap["low"] < gap["difference"] < gap["high"]
+        assert gap["p_value"] < 0.05
+        for blind in metrics["differences"][control]["zh"].values():
+            assert blind["difference"] is None or blind["low"] <= 0 <= blind["high"] or np.isnan(blind["low"])
+
+
+def test_what_is_written_lets_the_numbers_be_made_again(folders):
+    model, data, output = folders
+    metrics = evaluate_reports(model, data, output_dir=output)
     written = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(metrics))
-    assert {"seed", "versions", "data_sha256", "model_sha256", "command", "decoding"} <= written.keys()
+    assert written["rows"]["model"] == metrics["rows"]["model"]
+    assert {"seed", "versions", "data_sha256", "model_sha256", "command", "decoding", "notice"} <= written.keys()
     assert written["decoding"] == FakeReporter.decoding_settings
     assert "--split validation" in written["command"]
-    assert capsys.readouterr().out == render_table(metrics) + "\n"
-    assert "secret" not in "".join(path.read_text(encoding="utf-8") for path in output.iterdir())
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["group"] for row in rows] == list(range(10))
+    assert rows[0].keys() == {"study_id", "group", "prediction", "reference", "controls"}
+    assert rows[0]["controls"]["noise_images"].keys() == {"en", "zh"}
+    assert (output / "report.html").is_file()
+    assert "_train_" not in json.dumps(metrics)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert b"secret" not in b"".join(path.read_bytes() for path in files)
 
 
-def test_a_second_run_only_scores(folders):
+def test_a_second_run_only_scores(folders, monkeypatch):
     model, data, output = folders
     first = evaluate_reports(model, data, ["en"], output, batch_size=4)
-    assert FakeReporter.calls == [(4, "en"), (4, "en"), (2, "en")]
-    assert evaluate_reports(model, data, ["en"], output, batch_size=4) == first
-    assert len(FakeReporter.calls) == 3
+    assert [size for size, _ in FakeReporter.calls] == [4, 4, 4, 4, 4, 4, 2, 2, 2]
+    monkeypatch.setattr(FakeReporter, "embed_studies", lambda *_: pytest.fail("embedded again"))
+    second = evaluate_reports(model, data, ["en"], output, batch_size=4)
+    assert json.dumps(second) == json.dumps(first)
+    assert len(FakeReporter.calls) == 9
     assert list(first["retrieval"]) == ["image-en"]
+
+
+def test_two_runs_with_one_seed_are_identical(folders, tmp_path):
+    model, data, _ = folders
+    made = []
+    for name in ("first", "second"):
+        metrics = evaluate_reports(model, data, output_dir=tmp_path / name, seed=3)
+        made.append(json.dumps(metrics).replace(str(tmp_path / name), "out"))
+    assert made[0] == made[1]
+
+
+def test_a_set_without_a_training_part_takes_its_floors_from_other_patients(folders):
+    model, data, output = folders
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    held = [row | {"split": "test"} for row in rows if row["split"] == "validation"]
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in held))
+    metrics = evaluate_reports(model, data, output_dir=output)
+    assert metrics["split"] == "test"
+    assert metrics["floors_from"]["en"] == "other patients of the evaluated part"
+    # Every finding is there twice, so the nearest other patient has the same report.
+    assert metrics["rows"]["nearest_neighbor_shared"]["en"]["rouge_l"] == pytest.approx(1)
+    assert metrics["rows"]["random_report"]["en"]["rouge_l"] < 0.7
+    for row in held:
+        row["patient_id"] = "secret-one"
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in held))
+    with pytest.raises(ValueError, match="at least two patients"):
+        evaluate_reports(model, data, output_dir=output.with_name("other"))
+
+
+def test_languages_without_references_are_left_out_unless_asked_for(folders):
+    model, data, output = folders
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        del row["report_zh"]
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match=r"at least 2 studies with an image and a report .* got \{'zh': 0\}"):
+        evaluate_reports(model, data, ["zh"], output)
+    assert evaluate_reports(model, data, output_dir=output)["languages"] == ["en"]
 
 
 def test_the_output_of_another_run_is_refused(folders):
@@ -180,15 +193,12 @@ def test_the_output_of_another_run_is_refused(folders):
     (model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match="another model_sha256"):
         evaluate_reports(model, data, ["en"], output)
-    (output / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"predictions.jsonl without run.json"):
-        evaluate_reports(model, data, ["en"], output)
 
 
 def test_changed_pixels_are_other_data(folders):
     model, data, output = folders
     evaluate_reports(model, data, ["en"], output)
-    next(data.glob("*_validation_*")).write_bytes(b"other pixels")
+    write_image(next(data.glob("*_validation_*")), 200)
     with pytest.raises(ValueError, match="another data_sha256"):
         evaluate_reports(model, data, ["en"], output)
 
@@ -206,13 +216,12 @@ def test_studies_of_new_patients_are_scored_alone_too(folders, capsys):
     assert metrics["num_studies"] == {"en": 10, "zh": 10}
     new = metrics["new_patients"]
     assert new["num_studies"] == {"en": 4, "zh": 4}
-    assert list(new["rows"]) == ["model", "shuffled_images", "constant_report"]
+    assert list(new["rows"]) == ["model", "shuffled_images", "blank_images", "noise_images", "constant_report"]
     # All four are clear, so another's image changes nothing.
     assert new["rows"]["shuffled_images"]["en"]["bleu_4"] == pytest.approx(1)
     assert metrics["rows"]["shuffled_images"]["en"]["bleu_4"] < 1
     table = capsys.readouterr().out
-    assert table.count("new patients (4) |") == 6
-    assert "| zh | model, shuffled images, new patients (4) | 1.000 |" in table
+    assert table.count("new patients (4) |") == 10
 
 
 def test_too_few_new_patients_are_counted_alone(folders):
@@ -222,7 +231,8 @@ def test_too_few_new_patients_are_counted_alone(folders):
     rows[-1]["patient_id"] = "secret-new"
     (data / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     metrics = evaluate_reports(model, data, ["en"], output)
-    assert metrics["new_patients"] == {"rows": {}, "num_studies": {"en": 1}}
+    assert metrics["new_patients"]["rows"] == {}
+    assert metrics["new_patients"]["num_studies"] == {"en": 1}
 
 
 @pytest.mark.parametrize(
@@ -230,8 +240,8 @@ def test_too_few_new_patients_are_counted_alone(folders):
     [
         (["fr"], "validation", "Unsupported languages"),
         (["en", "en"], "validation", "each once"),
-        (["en"], "train", "floors are chosen from its reports"),
-        (["en"], "test", r"got 0; parts in the data: \['train', 'validation'\]"),
+        (["en"], "train", "floors and probes learn from it"),
+        (["en"], "test", r"parts in the data: \['train', 'validation'\]"),
     ],
 )
 def test_runs_that_cannot_be_scored_are_refused_before_generating(folders, languages, split, message):
@@ -246,52 +256,3 @@ def test_a_folder_without_checkpoint_is_refused(tmp_path, folders):
     _, data, output = folders
     with pytest.raises(ValueError, match=r"expected a folder with config.json"):
         evaluate_reports(tmp_path / "missing", data, ["en"], output)
-
-
-def test_parallel_texts_count_once_and_by_part(folders, capsys):
-    model, data, _ = folders
-    study_ids = [path.stem for path in sorted(data.glob("*_validation_*"))]
-    rows = [
-        {"study_id": study_id, "en": FINDINGS[study_id.split("_")[0]][0], "zh": FINDINGS[study_id.split("_")[0]][1]}
-        for study_id in study_ids
-    ]
-    (data / "parallel_en_zh.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    metrics = evaluate_parallel(model, data)
-    assert metrics["retrieval"]["en-zh"]["forward"]["recall@1"] == 1
-    assert metrics["retrieval"]["en-zh"]["forward"]["num_items"] == len(FINDINGS)
-    assert "| zh → en | 4 | 1.000 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no parallel texts in the part 'test'"):
-        evaluate_parallel(model, data, split="test")
-
-
-def test_the_table_is_markdown_and_pure():
-    scores = {"bleu_1": 0.7, "bleu_2": 0.62, "bleu_3": 0.57, "bleu_4": 0.5184, "rouge_l": 0.69, "distinct": 1 / 72}
-    way = {"recall@1": 0.1, "chance@1": 0.014, "recall@10": 0.5, "chance@10": 0.14, "median_rank": 10.5}
-    way |= {"num_queries": 72, "num_items": 72}
-    metrics = {
-        "rows": {"model": {"en": scores, "zh": scores}, "constant_report": {"en": scores, "zh": scores}},
-        "retrieval": {"image-en": {"forward": way, "backward": way}},
-    }
-    assert render_table(metrics).splitlines() == [
-        "| language | reports | bleu_1 | bleu_2 | bleu_3 | bleu_4 | rouge_l | distinct |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| en | model | 0.700 | 0.620 | 0.570 | 0.518 | 0.690 | 0.014 |",
-        "| en | constant report | 0.700 | 0.620 | 0.570 | 0.518 | 0.690 | 0.014 |",
-        "| zh | model | 0.700 | 0.620 | 0.570 | 0.518 | 0.690 | 0.014 |",
-        "| zh | constant report | 0.700 | 0.620 | 0.570 | 0.518 | 0.690 | 0.014 |",
-        "",
-        "| retrieval | items | recall@1 | chance@1 | recall@10 | chance@10 | median rank |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| image → en | 72 | 0.100 | 0.014 | 0.500 | 0.140 | 10.5 |",
-        "| en → image | 72 | 0.100 | 0.014 | 0.500 | 0.140 | 10.5 |",
-    ]
-    assert render_table({}) == ""
-
-
-def test_command_of_the_shipped_checkpoint_names_no_path():
-    options = {"split": "validation", "num_beams": None}
-    command = report._command(m3fm.DEFAULT_CHECKPOINT, "../data/set", ["en", "zh"], "out", options)
-    assert command == (
-        "m3fm evaluate --task report --data ../data/set --language en zh --output out --split validation"
-    )
-    assert "--model runs/mine" in report._command("runs/mine", "../data/set", ["en"], "out", {})
