@@ -88,22 +88,41 @@ in the recipe's output_dir.
 {_EXIT_CODES}"""
 
 _EVALUATE = """\
-Score a checkpoint on a data folder, beside what any score must be read against: a constant report, nearest neighbours,
-and the model on shuffled images.
+Score a checkpoint on a data folder, beside what any score must be read against: constant, random and nearest-neighbour
+reports, and the model on shuffled, blank and noise images. Needs m3fm[evaluate].
 """
 
 _EVALUATE_EPILOG = f"""\
 examples:
   m3fm evaluate --data /data/cov_ctr --output scores
-      the shipped checkpoint, every language, the validation part
+      reports of the shipped checkpoint, every language, the validation part
   m3fm evaluate --model runs/mine --data /data/cov_ctr --language zh --split test --output scores-zh
-      a checkpoint of your own, in Chinese, on the test part
+      those of a checkpoint of your own, in Chinese, on the test part
+  m3fm evaluate --task diagnosis --data /data/nih --labels labels.yaml --shots 0 --output scores-nih
+      zero-shot diagnosis; --shots 16: from 16 training studies a class; --shots full: from all of them
   m3fm evaluate --task parallel --data /data/openi_iu_reports --split all --output scores-parallel
       how well a sentence finds its translation, in all parts of the data
+  m3fm evaluate --task paper --data /data --output paper
+      the nine sets of the paper, those that are found in /data
 
-output: a table on the screen; in the output folder metrics.json with the scores and what they depend on, and for
---task report also run.json and predictions.jsonl (a stopped run goes on after its last line). predictions.jsonl holds
-the study ids and the reports of the data: it is as private as they are.
+output: tables on the screen; in the output folder metrics.json with the scores, intervals and what they depend on, and
+for reports and diagnosis report.html, predictions.jsonl and features/ (a stopped run goes on after them).
+predictions.jsonl and report.html hold reports, and report.html images of the data: they are as private as it is.
+
+{_EXIT_CODES}"""
+
+_COMPARE = """\
+Compare two evaluated checkpoints on the same studies: differences with intervals and p-values, resampling patients.
+"""
+
+_COMPARE_EPILOG = f"""\
+examples:
+  m3fm compare scores/first scores/second
+      what second gains or loses, score by score
+  m3fm compare scores/first scores/second --output difference.json
+      the same, and as JSON
+  m3fm compare scores/first scores/second --num-resamples 10000 --seed 1
+      with finer p-values, from other resamples
 
 {_EXIT_CODES}"""
 
@@ -180,6 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
             "evaluate", help="score a checkpoint on data", description=_EVALUATE, epilog=_EVALUATE_EPILOG
         )
     )
+    _add_compare(
+        commands.add_parser("compare", help="compare two evaluations", description=_COMPARE, epilog=_COMPARE_EPILOG)
+    )
     _add_export(
         commands.add_parser(
             "export", help="write a checkpoint as a folder", description=_EXPORT, epilog=_EXPORT_EPILOG
@@ -220,15 +242,34 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="a data folder (docs/data.md)")
     parser.add_argument(
         "--task",
-        choices=("report", "parallel"),
+        choices=("report", "diagnosis", "parallel", "paper"),
         default="report",
-        help="reports (default), or sentence retrieval between languages",
+        help="reports (default), findings, sentence retrieval between languages, or the paper's table",
     )
     parser.add_argument("--language", nargs="+", metavar="CODE", help="default: all that the checkpoint writes")
-    parser.add_argument("--split", default="validation", help="default: validation; parallel text also: all")
+    parser.add_argument(
+        "--split", help="default: validation if there is one, else test; all: of parallel texts or a set without parts"
+    )
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="default: evaluation")
-    parser.add_argument("--seed", type=int, help="of random reports and shuffles (default: 0)")
+    parser.add_argument("--training-data", metavar="FOLDER", help="for floors and probes (default: --data)")
+    parser.add_argument("--labels", metavar="FILE", help="diagnosis: which findings (default: all that are annotated)")
+    parser.add_argument(
+        "--shots", type=_shots, metavar="0|N|full", help="diagnosis: training studies a class (default: 0)"
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="paper: which sets and how (default: the one that ships)")
+    parser.add_argument("--java-meteor", action="store_true", help="reports: METEOR with synonyms too; needs Java")
+    parser.add_argument("--bertscore-model", metavar="DIR", help="reports: BERTScore with this text encoder")
+    parser.add_argument("--num-resamples", type=_count, metavar="N", help="for intervals (default: 1000)")
+    parser.add_argument("--seed", type=int, help="of random reports, shuffles and resamples (default: 0)")
     _add_decoding(parser, batch_size=8)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="FIRST", help="the output folder of an evaluation")
+    parser.add_argument("second", metavar="SECOND", help="another one, of the same studies")
+    parser.add_argument("--output", metavar="FILE", help="write the comparison there as JSON too")
+    parser.add_argument("--num-resamples", type=_count, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +292,12 @@ def _add_decoding(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: cpu)")
     parser.add_argument("--num-beams", type=_count, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest report")
+
+
+def _shots(text: str) -> int | str:
+    if text != "full" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0, a whole number or full, got {text!r}")
+    return text if text == "full" else int(text)
 
 
 def _count(text: str) -> int:

@@ -130,7 +130,7 @@ def _write_json(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
 FORMATS = {"text": _write_text, "json": _write_json, "jsonl": _write_jsonl}
 
 # --------------------------------------------------------------------------------------------------------------------
-# m3fm train, evaluate, export
+# m3fm train, evaluate, compare, export
 
 
 def train(args: Namespace) -> int:
@@ -168,37 +168,93 @@ def _split_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def evaluate(args: Namespace) -> int:
-    """Scores a checkpoint on a data folder; the table goes to the screen, the rest to the output folder."""
-    from .evaluation.report import METRICS_FILE, evaluate_parallel, evaluate_reports, write_json
-
+    """Scores a checkpoint on a data folder; the tables go to the screen, the rest to the output folder."""
     _quieten_transformers()
     model, device = _checked_model(args.model), str(_checked_device(args.device))
     if not Path(args.data).is_dir():
         raise ValueError(f"{args.data}: no such data folder.")
-    only_reports = {
-        "languages": args.language,
-        "seed": args.seed,
-        "num_beams": args.num_beams,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    only_reports = {name: value for name, value in only_reports.items() if value is not None}
-    if args.task == "report":
-        evaluate_reports(
-            model,
-            args.data,
-            output_dir=args.output,
-            split=args.split,
-            batch_size=args.batch_size,
-            device=device,
-            **only_reports,
-        )
-        return 0
-    if only_reports:
-        raise ValueError(f"--task {args.task} takes no {', '.join(sorted(only_reports))}.")
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    split = None if args.split == "all" else args.split
-    write_json(output / METRICS_FILE, evaluate_parallel(model, args.data, split, args.batch_size, device))
+    run, takes = EVALUATIONS[args.task]
+    given = {name: getattr(args, name) for name in _EVALUATION_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    unused = sorted(given.keys() - takes)
+    if unused:
+        raise ValueError(f"--task {args.task} takes no {', '.join('--' + name.replace('_', '-') for name in unused)}.")
+    run(model, args.data, args.output, args.batch_size, device, given)
+    return 0
+
+
+def _evaluate_reports(
+    model: Path, data: str, output: str, batch_size: int, device: str, given: dict[str, Any]
+) -> None:
+    from .evaluation.bertscore import BertScorer
+    from .evaluation.meteor import JavaMeteor
+    from .evaluation.report import ReportMetrics, evaluate_reports
+
+    metrics = ReportMetrics(
+        java_meteor=JavaMeteor() if given.pop("java_meteor", False) else None,
+        bertscore=BertScorer(given.pop("bertscore_model"), device=device) if "bertscore_model" in given else None,
+        num_resamples=given.pop("num_resamples", ReportMetrics.num_resamples),
+    )
+    evaluate_reports(
+        model,
+        data,
+        languages=given.pop("language", None),
+        output_dir=output,
+        batch_size=batch_size,
+        device=device,
+        metrics=metrics,
+        **given,
+    )
+
+
+def _evaluate_diagnosis(
+    model: Path, data: str, output: str, batch_size: int, device: str, given: dict[str, Any]
+) -> None:
+    from .evaluation.diagnosis import evaluate_diagnosis
+
+    evaluate_diagnosis(
+        model,
+        data,
+        languages=given.pop("language", None),
+        output_dir=output,
+        batch_size=batch_size,
+        device=device,
+        **given,
+    )
+
+
+def _evaluate_parallel(
+    model: Path, data: str, output: str, batch_size: int, device: str, given: dict[str, Any]
+) -> None:
+    from .evaluation.parallel import evaluate_parallel
+
+    evaluate_parallel(model, data, output_dir=output, batch_size=batch_size, device=device, **given)
+
+
+def _evaluate_paper(model: Path, data: str, output: str, batch_size: int, device: str, given: dict[str, Any]) -> None:
+    from .evaluation.paper import run_paper_table
+
+    run_paper_table(model, data, output_dir=output, batch_size=batch_size, device=device, **given)
+
+
+_COMMON = {"split", "seed", "num_resamples", "training_data", "language"}
+_REPORT_ONLY = {"num_beams", "max_new_tokens", "java_meteor", "bertscore_model"}
+_DIAGNOSIS_ONLY = {"labels", "shots"}
+_EVALUATION_OPTIONS = _COMMON | _REPORT_ONLY | _DIAGNOSIS_ONLY | {"recipe"}
+# Task to its function and the options that it takes.
+EVALUATIONS = {
+    "report": (_evaluate_reports, _COMMON | _REPORT_ONLY),
+    "diagnosis": (_evaluate_diagnosis, _COMMON | _DIAGNOSIS_ONLY),
+    "parallel": (_evaluate_parallel, {"split"}),
+    "paper": (_evaluate_paper, {"seed", "num_resamples", "recipe"}),
+}
+
+
+def compare(args: Namespace) -> int:
+    """Compares two evaluations of the same studies."""
+    from .evaluation.compare import compare_runs
+
+    compare_runs(args.first, args.second, args.num_resamples, args.seed, args.output)
     return 0
 
 
@@ -211,7 +267,7 @@ def export(args: Namespace) -> int:
     return 0
 
 
-COMMANDS = {"report": report, "train": train, "evaluate": evaluate, "export": export}
+COMMANDS = {"report": report, "train": train, "evaluate": evaluate, "compare": compare, "export": export}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Options

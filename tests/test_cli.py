@@ -286,7 +286,7 @@ def test_help_and_option_errors_load_nothing(words):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", ["report", "train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["report", "train", "evaluate", "compare", "export"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -316,11 +316,11 @@ def test_wrong_option_is_a_usage_error(words, capsys):
 
 
 def test_every_command_is_done_somewhere():
-    assert set(cli.COMMANDS) == {"report", "train", "evaluate", "export"}
+    assert set(cli.COMMANDS) == {"report", "train", "evaluate", "compare", "export"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# train, evaluate, export
+# train, evaluate, compare, export
 
 
 def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
@@ -371,33 +371,73 @@ def test_missing_extra_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: sentencepiece is missing: pip install m3fm[train]\n"
 
 
-def test_evaluate_passes_options_on(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    from m3fm.evaluation import report as module
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Returns what each kind of evaluation was called with, in place of running it."""
+    from m3fm.evaluation import diagnosis, paper, parallel
+    from m3fm.evaluation import report as reports
 
     called = []
-    monkeypatch.setattr(module, "evaluate_reports", lambda *args, **options: called.append((args, options)))
-    monkeypatch.setattr(module, "evaluate_parallel", lambda *args: called.append(args) or {"retrieval": {}})
-    words = ["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert main([*words, "--language", "en", "zh", "--split", "test", "--seed", "3"]) == 0
-    args, options = called[-1]
-    assert args == (tiny_checkpoint, str(tmp_path))
-    assert options == {
-        "languages": ["en", "zh"],
-        "output_dir": str(tmp_path / "out"),
-        "split": "test",
-        "batch_size": 8,
-        "seed": 3,
-        "device": "cpu",
-    }
-    assert main([*words, "--task", "parallel"]) == 0
-    assert called[-1] == (tiny_checkpoint, str(tmp_path), "validation", 8, "cpu")
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8")) == {"retrieval": {}}
-    assert main([*words, "--task", "parallel", "--split", "all"]) == 0
-    assert called[-1] == (tiny_checkpoint, str(tmp_path), None, 8, "cpu")
-    assert main([*words, "--task", "parallel", "--num-beams", "2"]) == 2
-    assert "takes no num_beams" in capsys.readouterr().err
-    assert main(["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "absent")]) == 2
+    for module, name in (
+        (reports, "evaluate_reports"),
+        (diagnosis, "evaluate_diagnosis"),
+        (parallel, "evaluate_parallel"),
+        (paper, "run_paper_table"),
+    ):
+        monkeypatch.setattr(
+            module, name, lambda *args, _name=name, **options: called.append((_name, args, options)), raising=True
+        )
+    return called
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "options"),
+    [
+        ("--language en zh --seed 0", "evaluate_reports", {"languages": ["en", "zh"], "seed": 0}),
+        ("--num-beams 2 --training-data x", "evaluate_reports", {"num_beams": 2, "training_data": "x"}),
+        ("--task diagnosis --labels l.yaml --shots 0", "evaluate_diagnosis", {"labels": "l.yaml", "shots": 0}),
+        ("--task diagnosis --shots full --split test", "evaluate_diagnosis", {"shots": "full", "split": "test"}),
+        ("--task parallel --split all", "evaluate_parallel", {"split": "all"}),
+        ("--task paper --num-resamples 10 --recipe r", "run_paper_table", {"num_resamples": 10, "recipe": "r"}),
+    ],
+)
+def test_evaluate_passes_options_on(tiny_checkpoint, tmp_path, evaluated, words, name, options):
+    start = ["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path), "--output", "out"]
+    assert main([*start, *words.split()]) == 0
+    called, args, given = evaluated[-1]
+    assert (called, args) == (name, (tiny_checkpoint, str(tmp_path)))
+    given = {key: value for key, value in given.items() if key != "metrics" and value is not None}
+    assert given == {"output_dir": "out", "batch_size": 8, "device": "cpu"} | options
+
+
+def test_evaluate_makes_the_further_metrics(tiny_checkpoint, tmp_path, evaluated):
+    start = ["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path)]
+    assert main([*start, "--num-resamples", "50"]) == 0
+    metrics = evaluated[-1][2]["metrics"]
+    assert (metrics.num_resamples, metrics.java_meteor, metrics.bertscore) == (50, None, None)
+
+
+def test_evaluate_refuses_what_does_not_fit(tiny_checkpoint, tmp_path, evaluated, capsys):
+    start = ["evaluate", "--model", str(tiny_checkpoint), "--data", str(tmp_path)]
+    assert main([*start, "--task", "parallel", "--num-beams", "2", "--shots", "0"]) == 2
+    assert "--task parallel takes no --num-beams, --shots." in capsys.readouterr().err
+    assert main([*start, "--labels", "x.yaml"]) == 2
+    assert "--task report takes no --labels." in capsys.readouterr().err
+    assert main([*start[:3], "--data", str(tmp_path / "absent")]) == 2
     assert "no such data folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*start, "--task", "diagnosis", "--shots", "some"])
+    assert "expected 0, a whole number or full" in capsys.readouterr().err
+    assert not evaluated
+
+
+def test_compare_passes_options_on(monkeypatch):
+    from m3fm.evaluation import compare
+
+    called = []
+    monkeypatch.setattr(compare, "compare_runs", lambda *args: called.append(args))
+    assert main(["compare", "a", "b", "--output", "c.json"]) == 0
+    assert called == [("a", "b", 1000, 0, "c.json")]
 
 
 def test_export(tiny_checkpoint, tmp_path, capsys):
