@@ -25,9 +25,9 @@ def test_table_is_replaced_and_the_rest_stays(tmp_path):
 
 
 def test_metrics_are_rendered(tmp_path):
-    scores = {"bleu_1": 0.5, "bleu_2": 0.4, "bleu_3": 0.3, "bleu_4": 0.25, "rouge_l": 0.6, "distinct": 1.0}
-    (tmp_path / "speed.json").write_text(json.dumps({"rows": {"model": {"en": scores}}}), encoding="utf-8")
-    assert "| en | model | 0.500 | 0.400 | 0.300 | 0.250 | 0.600 | 1.000 |" in fill_tables(PAGE, tmp_path)
+    metrics = {"rows": {"model": {"en": {"bleu_4": 0.25, "rouge_l": 0.6}}}, "num_studies": {"en": 7}}
+    (tmp_path / "speed.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert "| en | model (7) | 0.250 | – | 0.600 |" in fill_tables(PAGE, tmp_path)
 
 
 def test_a_table_that_was_not_measured_is_refused(tmp_path):
@@ -41,8 +41,11 @@ def test_the_card_travels_with_the_weights():
     assert (DEFAULT_CHECKPOINT / "README.md").read_bytes() == card.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["README.md", "model_cards/m3fm-small.md"])
-def test_pages_print_what_was_measured(name):
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [("README.md", RESULTS), ("model_cards/m3fm-small.md", RESULTS), ("docs/evaluation.md", RESULTS.parent)],
+)
+def test_pages_print_what_was_measured(name, results):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in page
-    assert fill_tables(page, RESULTS) == page
+    assert fill_tables(page, results) == page
