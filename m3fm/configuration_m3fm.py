@@ -2,6 +2,7 @@
 """Configuration of M3FM: two towers, a decoder, and how the gap between images and text is crossed."""
 
 import difflib
+import json
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -9,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+
+from .diagnosis_m3fm import check_diagnosis
 
 _DEFAULT_MODEL_TYPES = {"vision_config": "dinov2", "text_encoder_config": "bert", "text_config": "llama"}
 
@@ -83,6 +86,10 @@ class M3FMConfig(PreTrainedConfig):
             trained (CapDec 2022, section 3), per vector: its expected norm, not that of one coordinate.
         classifier_features: What the diagnosis head reads: the image, its generated report, or both.
         projection_dropout: Dropout before the projections, in training.
+        diagnosis: Labels of zero-shot diagnosis with their phrases, calibrations and thresholds; see
+            `diagnosis_m3fm`. Empty: those that come with the package, uncalibrated.
+        diagnosis_report_weight: Share of the generated report in the logit of a label where zero-shot diagnosis reads
+            the report beside the image.
 
     Raises:
         ValueError: If a name is unknown or values contradict each other.
@@ -115,11 +122,14 @@ class M3FMConfig(PreTrainedConfig):
     text_noise_std: float = 0.3
     classifier_features: Literal["image", "report", "fused"] = "image"
     projection_dropout: float = 0.1
+    diagnosis: dict | None = None
+    diagnosis_report_weight: float = 0.3
 
     def __post_init__(self, **kwargs: Any):
         self._refuse_unknown(kwargs)
         if self.language_token_ids is None:
             self.language_token_ids = {"en": 5, "zh": 6}
+        self.diagnosis = {} if self.diagnosis is None else self.diagnosis
         for name, model_type in _DEFAULT_MODEL_TYPES.items():
             setattr(self, name, _build_sub_config(name, getattr(self, name), model_type))
         super().__post_init__(**kwargs)
@@ -130,6 +140,11 @@ class M3FMConfig(PreTrainedConfig):
         """Codes of the languages that the checkpoint writes, in the order of its support memory."""
         # By id, because JSON keeps no order of keys.
         return tuple(sorted(self.language_token_ids, key=self.language_token_ids.get))
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the JSON of transformers with Chinese phrases to be read rather than escaped."""
+        content = json.loads(super().to_json_string(*args, **kwargs))
+        return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
@@ -150,6 +165,11 @@ class M3FMConfig(PreTrainedConfig):
             raise ValueError(f"M3FMConfig expected support_temperature > 0, got {self.support_temperature}.")
         if not 0 <= self.projection_dropout < 1:
             raise ValueError(f"M3FMConfig expected 0 <= projection_dropout < 1, got {self.projection_dropout}.")
+        if not 0 <= self.diagnosis_report_weight <= 1:
+            raise ValueError(
+                f"M3FMConfig expected 0 <= diagnosis_report_weight <= 1, got {self.diagnosis_report_weight}."
+            )
+        check_diagnosis(self.diagnosis)
         if not self.language_token_ids:
             raise ValueError("M3FMConfig expected language_token_ids with at least one language, got none.")
         prompt_ids = [self.image_token_id, *self.language_token_ids.values()]

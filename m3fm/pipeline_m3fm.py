@@ -1,24 +1,16 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """The `m3fm-report` pipeline: chest images in, reports in the languages asked for out. For research use only."""
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from transformers import Pipeline
 
-from .chest_image_m3fm import ChestImage
+from .study_pipeline_m3fm import M3FMStudyPipeline
 
 BOTH = "both"
-ON_ERROR = ("raise", "row")
-# A row of a data set is a dict with its image under this name.
-IMAGE_COLUMN = "image"
 
-_ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, np.ndarray, torch.Tensor, Image.Image, ChestImage)
 _ARGUMENTS = ("language", "batch_size", "on_error", "max_new_tokens", "generate_kwargs")
 # What `generate` takes and the pipeline sets itself, or has no place for in its rows.
 _NOT_GENERATION = frozenset(
@@ -36,7 +28,7 @@ _NOT_GENERATION = frozenset(
 )
 
 
-class M3FMReportPipeline(Pipeline):
+class M3FMReportPipeline(M3FMStudyPipeline):
     """Writes reports for chest X-rays and CT.
 
     An input is a path (PNG, JPEG, TIFF, DICOM, NIfTI), a PIL image, an array, a row of a data set with an "image", or
@@ -55,10 +47,6 @@ class M3FMReportPipeline(Pipeline):
     """
 
     task = "m3fm-report"
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
 
     def __call__(
         self,
@@ -94,17 +82,9 @@ class M3FMReportPipeline(Pipeline):
         reading, writing, _ = self._sanitize_parameters(language, on_error, max_new_tokens, generate_kwargs, **unknown)
         reading = {"language": "en", "on_error": "raise"} | self._preprocess_params | reading
         settings = self._forward_params.get("generate_kwargs", {}) | writing.get("generate_kwargs", {})
-        batch_size = batch_size if batch_size is not None else self._batch_size if self._batch_size is not None else 1
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"Expected batch_size to be a whole number >= 1, got {batch_size!r}.")
-        is_list = isinstance(images, (list, tuple))
-        stream = None if is_list else _as_stream(images)
-        languages = self._languages(reading["language"], len(images) if is_list else None)
-        studies = images if is_list else stream if stream is not None else [images]
-        rows = self._stream(zip(studies, languages, strict=False), batch_size, reading["on_error"], settings)
-        if stream is not None:
-            return rows
-        return list(rows) if is_list else next(rows)
+        languages = self._languages(reading["language"], len(images) if isinstance(images, (list, tuple)) else None)
+        facts = ({"languages": codes} for codes in languages)
+        return self.run_studies(images, batch_size, reading["on_error"], facts, {"generate_kwargs": settings})
 
     def _languages(self, language: str | Sequence[str], count: int | None) -> Iterable[tuple[str, ...]]:
         """Yields the languages of each study, as codes of the checkpoint."""
@@ -113,7 +93,7 @@ class M3FMReportPipeline(Pipeline):
         if not isinstance(language, str) and len(asked) != count:
             raise ValueError(f"Expected one language or {count} of them, got {len(asked)}.")
         codes = [known if code == BOTH else (code,) for code in asked]
-        return codes if not isinstance(language, str) else _repeat(codes[0])
+        return codes if not isinstance(language, str) else repeat(codes[0])
 
     def _known_languages(self, language: str | Sequence[str]) -> list[str]:
         known = self.model.config.languages
@@ -122,23 +102,6 @@ class M3FMReportPipeline(Pipeline):
         if unknown:
             raise ValueError(f"Unsupported language {unknown}: expected one of {[*known, BOTH]}.")
         return asked
-
-    def _stream(
-        self, items: Iterator[tuple[Any, tuple[str, ...]]], batch_size: int, on_error: str, generate_kwargs: dict
-    ) -> Iterator[dict[str, Any]]:
-        while chunk := list(islice(items, batch_size)):
-            rows: list[dict[str, Any] | None] = []
-            readable = []
-            for images, languages in chunk:
-                try:
-                    readable.append(self._prepare_study(images, languages))
-                    rows.append(None)
-                except (ValueError, OSError, ImportError) as error:
-                    if on_error == "raise":
-                        raise
-                    rows.append({"error": str(error)})
-            written = iter(self.run_single(readable, {}, {"generate_kwargs": generate_kwargs}, {}) if readable else [])
-            yield from (row if row is not None else next(written) for row in rows)
 
     def _sanitize_parameters(
         self,
@@ -149,13 +112,9 @@ class M3FMReportPipeline(Pipeline):
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         """Checks and sorts the arguments of the construction or of a call; what was not given is left out."""
-        if unknown:
-            raise ValueError(
-                f"{self.task} got unknown arguments {sorted(unknown)}: expected {list(_ARGUMENTS)}; "
-                "what generate takes besides, such as num_beams, goes into generate_kwargs."
-            )
-        if on_error is not None and on_error not in ON_ERROR:
-            raise ValueError(f"Expected on_error to be 'raise' or 'row', got {on_error!r}.")
+        hint = "; what generate takes besides, such as num_beams, goes into generate_kwargs"
+        self._refuse_unknown(unknown, _ARGUMENTS, hint)
+        self._check_on_error(on_error)
         if language is not None:
             self._known_languages(language)
         settings = dict(generate_kwargs or {})
@@ -173,28 +132,10 @@ class M3FMReportPipeline(Pipeline):
         reading = {name: value for name, value in reading.items() if value is not None}
         return reading, {"generate_kwargs": settings} if settings else {}, {}
 
-    def _prepare_study(self, images: Any, languages: tuple[str, ...]) -> dict[str, Any]:
-        """Turns one study into tensors at once: a batch of CT volumes need not be in memory together."""
-        if isinstance(images, Mapping):
-            if IMAGE_COLUMN not in images:
-                raise ValueError(f"Expected a row with {IMAGE_COLUMN!r}, got one with {sorted(map(str, images))}.")
-            images = images[IMAGE_COLUMN]
-        sources = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not sources:
-            raise ValueError("Expected a study of at least one image, got an empty list.")
-        read = [self.processor.image_processor.read(source) for source in sources]
-        inputs = self.processor(images=[read], return_tensors="pt")
-        tensors = {name: inputs[name][0] for name in ("pixel_values", "image_mask")}  # (N, 3, H, W), (N,)
-        return {**tensors, "modality": read[0].modality, "languages": languages}
-
     def preprocess(self, studies: list[dict[str, Any]]) -> dict[str, Any]:
         """Pads studies to one batch, and lists one row to write for each study and language."""
-        batch = {
-            name: torch.nn.utils.rnn.pad_sequence([study[name] for study in studies], batch_first=True)
-            for name in ("pixel_values", "image_mask")  # (B, N, 3, H, W), (B, N)
-        }
         rows = [(index, language) for index, study in enumerate(studies) for language in study["languages"]]
-        return {**batch, "rows": rows, "modalities": [study["modality"] for study in studies]}
+        return {**super().preprocess(studies), "rows": rows}
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any]) -> dict[str, Any]:
         tokens = self.model.model.get_vision_features(model_inputs["pixel_values"].to(self.model.dtype))
@@ -215,22 +156,6 @@ class M3FMReportPipeline(Pipeline):
         for (index, language), text in zip(model_outputs["rows"], texts, strict=True):
             results[index][f"report_{language}"] = text.strip()
         return results
-
-
-def _as_stream(images: Any) -> Iterable[Any] | None:
-    """Returns an iterable of studies if that is what `images` is, None for one study."""
-    if isinstance(images, (*_ONE_IMAGE, Mapping)) or hasattr(images, "read"):  # open files iterate over lines
-        return None
-    if hasattr(images, "__iter__"):
-        return images
-    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        return (images[index] for index in range(len(images)))
-    return None
-
-
-def _repeat(value: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    while True:
-        yield value
 
 
 __all__ = ["M3FMReportPipeline"]

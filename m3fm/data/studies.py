@@ -351,7 +351,7 @@ def _known_set(rows: list[_Row], folder_name: str) -> str:
     """Return the set whose conventions the rows follow: the folder's name, or else the set that has its labels.
 
     A part of a known set is often kept in a folder of another name. Of several sets that have all the labels used, it
-    is the one with the fewest others; "canonical" where none has.
+    is the one with the fewest others. Sets where silence says nothing are passed over; "canonical" where none is left.
     """
     if folder_name in label_sources():
         return folder_name
@@ -359,7 +359,8 @@ def _known_set(rows: list[_Row], folder_name: str) -> str:
     for source in label_sources():
         used = [row.values.get(label_column(source)) for row in rows]
         names = {name for labels in used if isinstance(labels, list) for name in labels if isinstance(name, str)}
-        if names and names <= label_names(source):
+        denies = bool(canonical_findings((), source))
+        if names and names <= label_names(source) and denies:
             fitting.append((len(label_names(source)), source))
     return min(fitting)[1] if fitting else "canonical"
 

@@ -18,8 +18,8 @@ import numpy as np
 from .diagnosis_metrics import MACRO, LabelMeasurement, MacroMeasurement
 from .resampling import LEVEL, Measurement, cluster_weights, paired_difference, point_scores, resampled_scores
 from .runs import METRICS_FILE, NOTICE, PREDICTIONS, library_versions, read_predictions, write_json
-from .tables import markdown_table, number
-from .titles import LOWER_IS_BETTER
+from .tables import markdown_table
+from .titles import LOWER_IS_BETTER, number
 
 TASKS = ("report", "diagnosis")
 # Facts of a run that tell it from another one.
@@ -175,7 +175,7 @@ def render_comparison(result: dict[str, Any]) -> str:
         for metric, row in rows.items():
             interval = f"[{_signed(row['low'])}, {_signed(row['high'])}]"
             scores = [number(row["first"]), number(row["second"]), _signed(row["difference"])]
-            lines.append([metric, *scores, interval, number(row["p_value"]), number(row["p_holm"])])
+            lines.append([metric, *scores, interval, *(_p_value(row[key]) for key in ("p_value", "p_holm"))])
         head = f"**{name}**: {result['num_studies'][name]} studies of {result['num_groups'][name]} groups"
         blocks.append(f"{head}\n\n{markdown_table(lines)}")
     blocks += [f"Note: {note}" for note in result["notes"]]
@@ -185,6 +185,11 @@ def render_comparison(result: dict[str, Any]) -> str:
 def _describe(identity: dict[str, Any]) -> str:
     facts = [f"{name} {identity[name]}" for name in ("model", "data", "split", "shots") if name in identity]
     return f"{identity['folder']} ({', '.join(facts)})"
+
+
+def _p_value(value: float) -> str:
+    # It is never 0, and must not look so.
+    return "<0.001" if value < 0.001 else number(value)
 
 
 def _signed(value: float) -> str:

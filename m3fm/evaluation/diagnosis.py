@@ -20,7 +20,8 @@ import numpy as np
 from ..data import Study, fingerprint, load_studies
 from ..data.splits import new_to
 from ..data.studies import source_name
-from .baselines import derangement, unit_rows
+from ..diagnosis_m3fm import mean_phrases
+from .baselines import derangement
 from .diagnosis_metrics import (
     MACRO,
     LabelMeasurement,
@@ -53,14 +54,15 @@ from .runs import (
     PREDICTIONS,
     command_line,
     group_numbers,
+    hash_order,
     hash_text,
     library_versions,
     open_output,
     write_json,
 )
 from .selection import evaluated_and_training
-from .tables import difference, markdown_table, number
-from .titles import ROW_TITLES, column_title, metric_title
+from .tables import difference, markdown_table
+from .titles import ROW_TITLES, column_title, metric_title, number
 
 # Heads from few studies depend on which: their scores are means over this many draws.
 SHOT_TRIALS = 5
@@ -164,6 +166,7 @@ def evaluate_diagnosis(
     languages = _checked_languages(languages, reporter.languages)
     everything = [*evaluated, *validation, *training]
     identity = {"model_sha256": hash_checkpoint(model_dir), "data_sha256": fingerprint(everything), "split": part}
+    identity["order_sha256"] = hash_order(everything)
     run = {
         "task": "diagnosis",
         **identity,
@@ -268,9 +271,7 @@ def _embed_phrases(
 
     def mean_embeddings(kind: str) -> np.ndarray:
         phrases = [[text for code in languages for text in getattr(label, kind)[code]] for label in label_set.labels]
-        vectors = unit_rows("phrases", embed_in_batches(reporter, [t for texts in phrases for t in texts], batch_size))
-        ends = np.cumsum([len(texts) for texts in phrases])[:-1]
-        return unit_rows("labels", np.stack([part.mean(axis=0) for part in np.split(vectors, ends)]))  # (L, D)
+        return mean_phrases(phrases, lambda texts: embed_in_batches(reporter, texts, batch_size))  # (L, D)
 
     names = [label.name for label in label_set.labels]
     present, absent = mean_embeddings("present"), mean_embeddings("absent")

@@ -20,7 +20,8 @@ normal:
   absent: {en: [The chest radiograph is abnormal.]}
 ```
 
-A list of phrases that is left out, in one language or in both, is the one in `m3fm/data/labels.yaml`.
+A list of phrases that is left out, in one language or in both, is the one that comes with m3fm: see
+`m3fm/data/prompts.yaml`.
 """
 
 import difflib
@@ -35,12 +36,13 @@ import yaml
 
 from ..data.labels import FINDINGS, Finding, finding_table
 from ..data.studies import LANGUAGES, Study
+from ..diagnosis import default_diagnosis, default_phrases
 from .probes import Shots, learning_problem
 from .runs import group_numbers
 
 _EXCLUSIVE = "exclusive"
 _PHRASES = ("present", "absent")
-_YAML = (".yaml", ".yml")
+YAML_SUFFIXES = (".yaml", ".yml")
 _MAX_SUGGESTIONS = 3
 
 
@@ -81,12 +83,24 @@ def read_labels(path: str | Path) -> LabelSet:
         ValueError: If the file is not what the module describes: not YAML, an unknown finding (the nearest names are
             given), a label or finding that comes twice, or a phrase that both states and denies a label.
     """
+    content = read_content(path)
+    try:
+        return parse_labels(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_content(path: str | Path) -> Any:
+    """Reads what a label file holds, as it is.
+
+    Raises:
+        ValueError: If there is no such file, it is not YAML, or a key comes twice.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such label file.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-        return parse_labels(content)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:  # UnicodeDecodeError is one
@@ -139,8 +153,7 @@ def choose_labels(
         All labels, the names of those that can be scored, and why the others cannot, by name.
 
     Raises:
-        ValueError: If the file is not right, no label can be scored, or one that was asked for by name has fewer
-            patients in a class than `shots`.
+        ValueError: If the file is not right, there is nothing to learn from, or no label can be scored.
     """
     if shots != 0 and not training:
         raise ValueError(f"shots={shots} needs studies to learn from: expected annotated ones in the part 'train'.")
@@ -161,8 +174,6 @@ def choose_labels(
             problem = f"one class only in the evaluated studies: {counts[0]} with it, {counts[1]} without"
         elif shots != 0:
             problem = learning_problem(annotate(training, label), groups, shots)
-            if problem and labels is not None and shots != "full":
-                raise ValueError(f"Label {label.name!r}: {problem}.")
         if problem:
             skipped[label.name] = problem
         else:
@@ -176,7 +187,7 @@ def choose_labels(
 def _read_or_parse(labels: str | Path | Sequence[str]) -> LabelSet:
     given = [labels] if isinstance(labels, str | Path) else list(labels)
     # A command line gives a list either way.
-    if len(given) == 1 and Path(given[0]).suffix in _YAML:
+    if len(given) == 1 and Path(given[0]).suffix in YAML_SUFFIXES:
         return read_labels(given[0])
     return read_labels(labels) if isinstance(labels, str | Path) else parse_labels(given)
 
@@ -187,7 +198,7 @@ def annotate(studies: Sequence[Study], label: Label) -> np.ndarray:
 
 
 def find_finding(name: str) -> Finding:
-    """Finds a finding by its canonical, English, Chinese or CheXpert name, in any case.
+    """Finds a finding by its canonical, English, Chinese or CheXpert name, or an alias, in any case.
 
     Raises:
         ValueError: If there is none; the message gives the nearest names.
@@ -213,7 +224,9 @@ def _parse_entry(name: Any, entry: Any) -> Label:
     if given is not None and not isinstance(given, str):
         raise ValueError(f"Label {name!r}: expected finding to be a name, got {given!r}.")
     finding = find_finding(name if given is None else given)
-    phrases = {kind: _parse_phrases(name, kind, entry.get(kind), getattr(finding, kind)) for kind in _PHRASES}
+    phrases = {
+        kind: _parse_phrases(name, kind, entry.get(kind), default_phrases(finding.key, kind)) for kind in _PHRASES
+    }
     _refuse_contradiction(name, phrases)
     return Label(finding.key if given is None else name, finding.key, **phrases)
 
@@ -253,10 +266,9 @@ def _folded(name: str) -> str:
 def _names() -> dict[str, str]:
     """Returns the canonical finding of every known name."""
     names: dict[str, str] = {}
-    for key, finding in finding_table().items():
-        for name in (key, finding.chexpert, *finding.names.values()):
-            if name is not None:
-                names.setdefault(_folded(name), key)
+    for key, entry in default_diagnosis().items():
+        for name in (key, *entry["names"].values(), *entry["aliases"]):
+            names.setdefault(_folded(name), key)
     return names
 
 

@@ -23,8 +23,8 @@ from .report import ReportMetrics, evaluate_reports
 from .reporter import checkpoint_folder, hash_checkpoint
 from .resampling import LEVEL
 from .runs import FORMAT, METRICS_FILE, NOTICE, command_line, hash_text, library_versions, write_json
-from .tables import difference, markdown_table, number
-from .titles import FLOORS, ROW_TITLES
+from .tables import difference, markdown_table
+from .titles import FLOORS, ROW_TITLES, number
 
 RECIPE = Path(__file__).parent / "recipes" / "paper.yaml"
 PAPER_FILE, CELL_FILE = "paper.json", "cell.json"

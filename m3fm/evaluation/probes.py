@@ -1,9 +1,8 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Turn image features into probabilities: by phrases, by heads that learn from studies, or by the label prior alone.
 
-Zero-shot, a study's embedding is compared with the mean embedding of a label's phrases; the probability is the softmax
-of presence against absence (CheXzero: Tiu et al., Nature Biomedical Engineering 2022), or over labels that exclude
-each other.
+Zero-shot, a study's embedding is compared with the mean embedding of a label's phrases, as the pipeline does it (see
+`m3fm.diagnosis_m3fm`), uncalibrated.
 
 A probe is L2-regularised logistic regression on standardised features, the usual way to ask what frozen features hold
 (Radford et al., ICML 2021). One probe a label, from the studies whose label is known.
@@ -18,6 +17,8 @@ from typing import Literal, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..diagnosis_m3fm import LOGIT_DECIMALS, logistic, zero_shot_logits
+
 Shots = int | Literal["full"]
 
 # Inverse strength of the penalty. Features are standardised, so it means the same for every model. The candidates that
@@ -26,9 +27,6 @@ CANDIDATE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 DEFAULT_STRENGTH = 1e-2
 NUM_FOLDS = 5
 _MAX_ITERATIONS = 1000
-# Rounding of float32 features depends on how they were batched. Below this resolution logits are noise: without
-# rounding, equal images would be ranked by it.
-_LOGIT_DECIMALS = 4
 
 
 class Diagnoser(Protocol):
@@ -58,17 +56,8 @@ class ZeroShot:
 
     def predict(self, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns probabilities (N,) by label for the features "shared" (N, D), unit norm."""
-        images = np.asarray(features["shared"], dtype=np.float64)
-        stated = self.scale * images @ self.present.T  # (N, L)
-        if self.exclusive:
-            # Of one label against the rest: the logit of its softmax.
-            denied = np.stack(
-                [np.logaddexp.reduce(np.delete(stated, column, axis=1), axis=1) for column in range(len(self.names))],
-                axis=1,
-            )
-        else:
-            denied = self.scale * images @ self.absent.T
-        return dict(zip(self.names, probability(stated - denied).T, strict=True))
+        logits = zero_shot_logits(features["shared"], self.present, self.absent, self.scale, self.exclusive)
+        return dict(zip(self.names, logistic(logits).T, strict=True))
 
 
 @dataclass(frozen=True)
@@ -177,7 +166,7 @@ def fit_heads(
 
 def probability(logits: np.ndarray) -> np.ndarray:
     """Returns the logistic function of logits, which are rounded to what float32 features support."""
-    return 0.5 * (1 + np.tanh(np.round(logits, _LOGIT_DECIMALS) / 2))
+    return logistic(np.round(logits, LOGIT_DECIMALS))
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, strength: float = DEFAULT_STRENGTH) -> Probe:

@@ -33,6 +33,7 @@ from .runs import (
     command_line,
     complete_predictions,
     group_numbers,
+    hash_order,
     hash_text,
     library_versions,
     open_output,
@@ -40,7 +41,7 @@ from .runs import (
     write_json,
 )
 from .selection import evaluated_and_training
-from .tables import render_table
+from .tables import TRAINING_PART, render_table
 from .text_metrics import LANGUAGES, TextScorer, distinct_ratio
 
 # One draw of random or shuffled reports for 72 studies moves BLEU-4 by 0.015, so such rows are means over draws.
@@ -147,12 +148,14 @@ def evaluate_reports(
     # A training image without report taught the model its patient too.
     is_new = new_to(training, evaluated)
     training = _with_reports(training, languages)
+    _check_floors(evaluated, training, languages)
     run = {
         "task": "report",
         "split": part,
         "languages": languages,
         "model_sha256": hash_checkpoint(model_dir),
         "data_sha256": fingerprint([*evaluated, *training]),
+        "order_sha256": hash_order([*evaluated, *training]),
         "decoding": reporter.decoding_settings,
     }
     output = open_output(output_dir, run)
@@ -176,6 +179,7 @@ def evaluate_reports(
         "command": command,
         "notice": NOTICE,
         "num_resamples": chosen.num_resamples,
+        **({"bertscore_model_sha256": hash_checkpoint(chosen.bertscore.model_dir)} if chosen.bertscore else {}),
         **score_predictions(reporter, evaluated, training, rows, is_new, languages, output, batch_size, seed, chosen),
     }
     result = without_nan(content)
@@ -259,7 +263,7 @@ def score_predictions(
         references = [evaluated[i].reports[language] for i in here]
         groups = [predictions[i]["group"] for i in here]
         floors = from_training if any(language in study.reports for study in training) else from_others
-        floors_from[language] = "training part" if floors is from_training else "other patients of the evaluated part"
+        floors_from[language] = TRAINING_PART if floors is from_training else "other patients of the evaluated part"
         constant = floors.constant(language, seed)
         # Its text, for an id may be a patient's.
         constants[language] = {"report_sha256": hash_text(constant), "criterion": "rouge_l"}
@@ -354,6 +358,17 @@ def _checked_languages(
             f"Expected at least 2 studies with an image and a report in each language in {part!r}, got {counts}."
         )
     return chosen
+
+
+def _check_floors(evaluated: Sequence[Study], training: Sequence[Study], languages: Sequence[str]) -> None:
+    """Refuses, before anything is written, a run that has no study to take floors from."""
+    for language in languages:
+        here = [study for study in evaluated if language in study.reports]
+        if not any(language in study.reports for study in training) and len(set(group_numbers(here))) < 2:
+            raise ValueError(
+                f"Expected reports in {language!r} of at least two patients, or a training part to take floors from: "
+                f"got {len(here)} studies of one patient. --training-data names a folder with a training part."
+            )
 
 
 def _with_reports(studies: Sequence[Study], languages: Sequence[str]) -> list[Study]:

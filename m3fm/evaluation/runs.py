@@ -147,6 +147,21 @@ def group_numbers(studies: Sequence[Study]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
+def hash_order(studies: Sequence[Study]) -> str:
+    """Returns the SHA-256 of the studies' ids in their order, each with its group, as hex.
+
+    Kept features are told apart by their places and kept predictions name the group; a fingerprint knows neither.
+    """
+    return hash_text(
+        json.dumps(
+            [
+                [study.source, study.study_id, group]
+                for study, group in zip(studies, group_numbers(studies), strict=True)
+            ]
+        )
+    )
+
+
 def library_versions() -> dict[str, str]:
     """Returns the versions of what the numbers may depend on."""
     from .. import __version__

@@ -20,7 +20,8 @@ def evaluated_and_training(
         data_folder: A data folder.
         split: The part to evaluate. None: "validation" where there is one, else "test", else the only part that is not
             for training; all studies of a set that states no parts.
-        training_data: A data folder whose training part is learned from in place of this one's.
+        training_data: A data folder whose training part is learned from in place of this one's, but for the studies,
+            patients and papers that are evaluated.
 
     Returns:
         The evaluated studies, the training studies (may be none), and the name of the evaluated part ("all" where the
@@ -36,14 +37,16 @@ def evaluated_and_training(
         raise ValueError(f"The part {part!r} cannot be evaluated: floors and probes learn from it.")
     evaluated = studies if part == "all" else [study for study in studies if study.split == part]
     if part == "all" and TRAINING_SPLIT in parts:
-        raise ValueError(f"{data_folder} has a part {TRAINING_SPLIT!r}: expected one of {parts}, not all of it.")
+        raise ValueError(f"{data_folder} has a part {TRAINING_SPLIT!r}: expected one of the others, not all of it.")
     if not evaluated:
         raise ValueError(f"{data_folder} has no studies with images in the part {part!r}; parts in the data: {parts}.")
     source = studies if training_data is None else load_studies(Path(training_data))
     training = [study for study in source if study.images and study.split == TRAINING_SPLIT]
     if training_data is not None and not training:
         raise ValueError(f"{training_data} has no studies with images in the part {TRAINING_SPLIT!r}.")
-    return evaluated, _without_evaluated(training, evaluated), part
+    if training_data is not None:
+        training = _apart_from(evaluated, training)
+    return evaluated, training, part
 
 
 def _default_part(parts: Sequence[str], data_folder: str) -> str:
@@ -55,10 +58,14 @@ def _default_part(parts: Sequence[str], data_folder: str) -> str:
         return others[0]
     if not parts:
         return "all"
+    if not others:
+        raise ValueError(f"{data_folder} has the part {TRAINING_SPLIT!r} alone: expected another one to evaluate.")
     raise ValueError(f"{data_folder} has the parts {list(parts)}: name the one to evaluate with --split.")
 
 
-def _without_evaluated(training: Sequence[Study], evaluated: Sequence[Study]) -> list[Study]:
-    """Drops training studies that are evaluated: another folder may hold the same ones."""
+def _apart_from(evaluated: Sequence[Study], training: Sequence[Study]) -> list[Study]:
+    """Drops training studies of another folder that are evaluated, or of a patient or paper that is."""
     taken = {study.study_id for study in evaluated}
-    return [study for study in training if study.study_id not in taken]
+    # Only what names a patient or a paper means the same in two folders.
+    groups = {study.grouped_key for study in evaluated if study.grouped_key.startswith(("patient:", "doi:"))}
+    return [study for study in training if study.study_id not in taken and study.grouped_key not in groups]

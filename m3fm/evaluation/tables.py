@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .titles import ROW_TITLES
+from .titles import ROW_TITLES, number, signed
 
 # A table is read on a screen: what `metrics.json` holds beside these is on the page.
 SCORE_COLUMNS = (
@@ -12,6 +12,8 @@ SCORE_COLUMNS = (
     *("finding_f1_micro", "finding_f1_macro", "located_f1_micro"),
     "distinct",
 )
+#: Where floors come from unless it has to be said.
+TRAINING_PART = "training part"
 DIFFERENCE_COLUMNS = ("bleu_4", "rouge_l", "cider_d", "finding_f1_micro")
 
 
@@ -19,11 +21,16 @@ def render_table(metrics: dict[str, Any]) -> str:
     """Renders metrics as Markdown: the scores of each language, the model against each row, then retrieval.
 
     Args:
-        metrics: As in `metrics.json`; `rows`, `differences`, `new_patients` and `retrieval` are read, each may be
-            missing.
+        metrics: As in `metrics.json`; `rows`, `differences`, `floors_from`, `new_patients` and `retrieval` are read,
+            each may be missing.
     """
     tables = [_score_table(metrics), _difference_table(metrics), _retrieval_table(metrics.get("retrieval", {}))]
-    return "\n\n".join(table for table in tables if table)
+    notes = [
+        f"The floors of {language} come from the {where}."
+        for language, where in metrics.get("floors_from", {}).items()
+        if where != TRAINING_PART
+    ]
+    return "\n\n".join(block for block in (*tables, "\n".join(notes)) if block)
 
 
 def _score_table(metrics: dict[str, Any]) -> str:
@@ -78,13 +85,8 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 
-def number(value: float | None) -> str:
-    """Renders a score; a dash where it is undefined."""
-    return "–" if value is None or value != value else f"{value:.3f}"
-
-
 def difference(entry: dict[str, float | None] | None) -> str:
     """Renders a paired difference with its interval; a dash where it is undefined."""
-    if entry is None or number(entry["difference"]) == "–":
+    if entry is None or signed(entry["difference"]) == "–":
         return "–"
-    return f"{entry['difference']:+.3f} [{number(entry['low'])}, {number(entry['high'])}]"
+    return f"{signed(entry['difference'])} [{number(entry['low'])}, {number(entry['high'])}]"

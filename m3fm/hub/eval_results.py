@@ -233,7 +233,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         benchmarks = _read_benchmarks(args.benchmark)
         runs = [_read_run(path) for path in args.metrics]
+        if not (args.card or args.folder):
+            raise ValueError("Expected --card, --folder or both: the results have nowhere to go.")
         if args.card:
+            if len(models := {run["model"] for run in runs}) > 1:
+                raise ValueError(f"Expected results of one model for one card, got {sorted(models)}.")
             results = [
                 each for run in runs for each in card_results(run, benchmarks.get(run["data"]), args.source_url)
             ]

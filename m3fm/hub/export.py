@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..diagnosis import default_diagnosis
+
 PACKAGE = Path(__file__).parents[1]
 
 # What a checkpoint is made of. A folder of a training run holds more: optimizer states, curves, intermediate steps.
@@ -42,7 +44,12 @@ CUSTOM_PIPELINES = {
         "impl": "pipeline_m3fm.M3FMReportPipeline",
         "pt": ["AutoModelForImageTextToText"],
         "type": "multimodal",
-    }
+    },
+    "m3fm-diagnosis": {
+        "impl": "diagnosis_pipeline_m3fm.M3FMDiagnosisPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    },
 }
 
 
@@ -93,6 +100,8 @@ def export_remote_code(model_dir: str | Path, output_dir: str | Path, store_as: 
         for path in (*_code_files(), *_legal_files()):
             shutil.copyfile(path, folder / path.name)
         config = _read_json(folder / "config.json")
+        # The labels of the package, which is not there where this folder is used.
+        config["diagnosis"] = config.get("diagnosis") or default_diagnosis()
         config |= {"auto_map": MODEL_AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
         _write_json(folder / "config.json", config)
         processor = _read_json(folder / "processor_config.json")

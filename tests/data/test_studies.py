@@ -86,6 +86,8 @@ def test_openi_study_outside_the_published_split_is_for_training(tmp_path):
             [["No Finding"], ["Tuberculosis"]],
             [{"no_finding": 1.0, "tuberculosis": 0.0}, {"no_finding": 0.0, "tuberculosis": 1.0}],
         ),
+        # CheXpert's own folder denies nothing by silence; a list of labels in another folder does.
+        ([["Edema"], ["Cardiomegaly"]], [{"edema": 1.0, "cardiomegaly": 0.0}, {"edema": 0.0, "cardiomegaly": 1.0}]),
         # No set's: what some rows name the others deny, and a row without labels says nothing.
         (
             [["cardiomegaly", "Scoliosis"], [], ["scoliosis"], None],

@@ -84,6 +84,13 @@ def test_identical_runs_do_not_differ(make_run):
                 assert row["p_value"] == row["p_holm"] == 1
 
 
+def test_a_small_p_value_does_not_look_like_none(make_run, capsys):
+    compare_runs(make_run("oracle", report_rows(truth)), make_run("constant", report_rows(constant)), 3000)
+    cells = [line.split(" | ")[-2:] for line in capsys.readouterr().out.splitlines() if line.startswith("| bleu_1 ")]
+    assert cells[0][0] == "<0.001"
+    assert float(cells[0][1].removesuffix(" |")) > 0
+
+
 def test_a_worse_run_is_found_worse_and_the_order_turns_signs(make_run, capsys, tmp_path):
     folders = make_run("oracle", report_rows(truth)), make_run("constant", report_rows(constant))
     found = compare_runs(*folders, num_resamples=1000, output=tmp_path / "compare.json")

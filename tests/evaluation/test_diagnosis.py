@@ -181,7 +181,7 @@ def test_runs_share_features(run, tmp_path):
     run("few", features_dir=store, shots=2)
     run("full", features_dir=store, shots="full", labels=["tuberculosis"])
     assert len(FakeReporter.calls) == embedded
-    with pytest.raises(ValueError, match="another data_sha256, split"):
+    with pytest.raises(ValueError, match="another data_sha256, order_sha256, split"):
         run("test", features_dir=store, split="test")
 
 
@@ -232,7 +232,7 @@ def test_patients_of_the_evaluated_part_teach_nothing(run, tmp_path):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shared))
     metrics = run(data=folder, labels=["tuberculosis"])
     assert metrics["training"] == {"num_studies": 6, "left_out_for_shared_patients": 2}
-    with pytest.raises(ValueError, match="Label 'tuberculosis': learning needs 4 patients of each class"):
+    with pytest.raises(ValueError, match="tuberculosis: learning needs 4 patients of each class"):
         run("few", data=folder, labels=["tuberculosis"], shots=4)
 
 

@@ -117,7 +117,7 @@ def test_what_is_there_runs_and_the_rest_is_skipped_by_name(world, runs, capsys)
     assert f"| COV-CTR | zero-shot | zh | validation | 72 (57) | {cell} |" in table
     assert "| NIH ChestX-ray14 | few-shot (16) | macro of 13 | validation |" in table
     assert "NIH ChestX-ray14, full: without hernia (one class only in the evaluated studies)." in table
-    assert "(0.600 linear probe, image tower) | +0.100 [-0.050, 0.250] | yes |" in table
+    assert "(0.600 linear probe, image tower) | +0.100 [−0.050, 0.250] | yes |" in table
     assert "NIH ChestX-ray14 (nih_chestxray14_sample): a sample, not the official test list." in table
     assert "a table of its own" not in table
     written = json.loads((output / "paper.json").read_text(encoding="utf-8"))

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from m3fm.evaluation import report
-from m3fm.evaluation.report import evaluate_reports
+from m3fm.evaluation.report import ReportMetrics, evaluate_reports
+from m3fm.evaluation.reporter import hash_checkpoint
+from m3fm.evaluation.resampling import mean_measurement
 from m3fm.evaluation.tables import render_table
 
 FINDINGS = {"clear": ("The lungs are clear.", "双肺清晰。"), "effusion": ("Left effusion is seen.", "左侧胸腔积液。")}
@@ -136,6 +138,25 @@ def test_what_is_written_lets_the_numbers_be_made_again(folders):
     assert b"secret" not in b"".join(path.read_bytes() for path in files)
 
 
+class FakeBertScorer:
+    """Finds all reports alike."""
+
+    def __init__(self, model_dir):
+        self.model_dir = model_dir
+
+    def measure(self, predictions, references):
+        return mean_measurement({"bertscore_f1": np.ones(len(references))})
+
+
+def test_the_encoder_of_bertscore_is_told_by_its_hash(folders):
+    model, data, output = folders
+    assert "bertscore_model_sha256" not in evaluate_reports(model, data, ["en"], output)
+    metrics = ReportMetrics(bertscore=FakeBertScorer(model), num_resamples=10)
+    found = evaluate_reports(model, data, ["en"], output, metrics=metrics)
+    assert found["rows"]["model"]["en"]["bertscore_f1"] == 1
+    assert found["bertscore_model_sha256"] == hash_checkpoint(model)
+
+
 def test_a_second_run_only_scores(folders, monkeypatch):
     model, data, output = folders
     first = evaluate_reports(model, data, ["en"], output, batch_size=4)
@@ -200,6 +221,18 @@ def test_changed_pixels_are_other_data(folders):
     evaluate_reports(model, data, ["en"], output)
     write_image(next(data.glob("*_validation_*")), 200)
     with pytest.raises(ValueError, match="another data_sha256"):
+        evaluate_reports(model, data, ["en"], output)
+
+
+@pytest.mark.parametrize("change", ["rows in another order", "other patients"])
+def test_kept_features_and_groups_are_not_taken_for_those_of_others(folders, change):
+    model, data, output = folders
+    evaluate_reports(model, data, ["en"], output)
+    path = data / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = rows[::-1] if change == "rows in another order" else [row | {"patient_id": "secret-one"} for row in rows]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    with pytest.raises(ValueError, match="another order_sha256"):
         evaluate_reports(model, data, ["en"], output)
 
 

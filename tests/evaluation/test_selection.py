@@ -44,6 +44,7 @@ def test_which_part_is_evaluated(tmp_path, splits, asked, part, counts):
         (["train", "validation"], "all", "not all of it"),
         (["train", "validation"], "test", r"parts in the data: \['train', 'validation'\]"),
         (["a", "b"], None, "name the one to evaluate"),
+        (["train", "train"], None, "has the part 'train' alone"),
     ],
 )
 def test_parts_that_cannot_be_evaluated(tmp_path, splits, asked, message):
@@ -58,3 +59,13 @@ def test_training_studies_may_come_from_another_folder(tmp_path):
     assert (len(evaluated), len(training)) == (2, 2)
     with pytest.raises(ValueError, match="no studies with images in the part 'train'"):
         evaluated_and_training(held, None, held)
+
+
+def test_training_studies_of_evaluated_patients_are_dropped_across_folders(tmp_path):
+    held, full = folder(tmp_path / "held", ["test", "test"]), folder(tmp_path / "full", ["train", "train", "train"])
+    for path, patients in ((held, ["a", "b"]), (full, ["a", "c", "d"])):
+        rows = [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines()]
+        named = [row | {"patient_id": patient} for row, patient in zip(rows, patients, strict=True)]
+        (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, named)))
+    _, training, _ = evaluated_and_training(held, None, full)
+    assert [study.patient_id for study in training] == ["c", "d"]

@@ -23,7 +23,7 @@ def test_the_tables_are_markdown_and_pure():
         "",
         "| language | model minus | bleu_4 | rouge_l | cider_d | finding_f1_micro |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| en | constant report | -0.012 [-0.050, 0.021] | – | – | – |",
+        "| en | constant report | −0.012 [−0.050, 0.021] | – | – | – |",
         "",
         "| retrieval | items | recall@1 | chance@1 | median rank |",
         "| --- | --- | --- | --- | --- |",
@@ -31,3 +31,11 @@ def test_the_tables_are_markdown_and_pure():
         "| en → image | 72 | 0.100 | 0.014 | 10.5 |",
     ]
     assert render_table({}) == ""
+
+
+def test_floors_that_are_not_of_the_training_part_are_told():
+    floors_from = {"en": "training part", "zh": "other patients of the evaluated part"}
+    assert (
+        render_table({"floors_from": floors_from})
+        == "The floors of zh come from the other patients of the evaluated part."
+    )

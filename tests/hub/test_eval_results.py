@@ -43,7 +43,7 @@ def diagnosis(shots):
     columns = {"nodule": scores, "mass": scores, "macro": scores}
     return {
         "task": "diagnosis",
-        "model": "m",
+        "model": "m3fm-small",
         "data": "nih",
         "split": "test",
         "shots": shots,
@@ -141,6 +141,7 @@ def test_benchmarks_get_entries_that_huggingface_hub_parses(tmp_path, capsys):
     [
         (["--benchmark", "cov_ctr=cov-ctr"], "as 'owner/name', got 'cov-ctr'"),
         (["--card", "nowhere.md"], "no such model card"),
+        ([], "nowhere to go"),
     ],
 )
 def test_wrong_arguments_are_told(tmp_path, capsys, arguments, message):
@@ -156,6 +157,13 @@ def test_other_files_are_refused(tmp_path, capsys, content):
     with pytest.raises(SystemExit):
         main([str(path)])
     assert "expected a metrics.json of m3fm evaluate" in capsys.readouterr().err
+
+
+def test_a_card_is_of_one_model(tmp_path, card, capsys):
+    runs = [write(tmp_path, name, report() | {"model": name}) for name in ("mine", "yours")]
+    with pytest.raises(SystemExit):
+        main([*runs, "--card", str(card)])
+    assert "results of one model for one card, got ['mine', 'yours']" in capsys.readouterr().err
 
 
 def test_results_without_scores_are_refused():
