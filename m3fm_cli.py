@@ -66,6 +66,55 @@ Errors, the progress bar and the notice go to stderr.
 {NOTICE}
 """
 
+_DIAGNOSE = """\
+Say how probable findings are on chest images, without any training: a row for each study and finding.
+"""
+
+_DIAGNOSE_EPILOG = f"""\
+examples:
+  m3fm diagnose chest.png --labels tuberculosis normal
+      two findings, on the screen; English and Chinese names are known
+  m3fm diagnose scans/ --labels labels.yaml --output out.csv
+      every image of a folder, into a table; a stopped run goes on
+  m3fm diagnose scans/ --format jsonl --output out.jsonl
+      the findings that the checkpoint is calibrated for
+
+{_EXIT_CODES}
+{NOTICE}
+"""
+
+_CALIBRATE = """\
+Fit calibration and thresholds of a checkpoint's findings on validation studies, into a copy of it; weights stay.
+"""
+
+_CALIBRATE_EPILOG = f"""\
+examples:
+  m3fm calibrate my-calibrated --data /data/cov_ctr
+      the shipped checkpoint, on the validation part of one set
+  m3fm calibrate my-calibrated --data /data/cov_ctr /data/nih
+      on several sets, each with the same weight
+  m3fm calibrate mine-calibrated --model runs/mine --data /data/cov_ctr
+      a checkpoint of your own
+
+{_EXIT_CODES}"""
+
+_EXPLAIN = """\
+Show where an image says what: a heat map for a phrase or a finding, or for each sentence of the written report.
+"""
+
+_EXPLAIN_EPILOG = f"""\
+examples:
+  m3fm explain chest.png --phrase "pleural effusion" --output maps
+      a map for a phrase, as PNG and as data
+  m3fm explain chest.png --labels cardiomegaly 胸腔积液 --output maps
+      maps for findings, by their presence against their absence
+  m3fm explain ct.nii.gz --phrase 磨玻璃影 --report-language zh --output maps
+      every slice of a CT and how much each counts; and what in the image each sentence of the report stands on
+
+{_EXIT_CODES}
+{NOTICE}
+"""
+
 _TRAIN = """\
 Train by a recipe: a YAML file whose `recipe:` names the training and whose other lines are its settings.
 
@@ -193,6 +242,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands.add_parser("report", help="write reports", description=_REPORT, epilog=_REPORT_EPILOG))
+    for name, summary, description, epilog, add in (
+        ("diagnose", "say how probable findings are", _DIAGNOSE, _DIAGNOSE_EPILOG, _add_diagnose),
+        ("calibrate", "fit probabilities and thresholds", _CALIBRATE, _CALIBRATE_EPILOG, _add_calibrate),
+        ("explain", "show where the image says it", _EXPLAIN, _EXPLAIN_EPILOG, _add_explain),
+    ):
+        add(commands.add_parser(name, help=summary, description=description, epilog=epilog))
     _add_train(commands.add_parser("train", help="train by a recipe", description=_TRAIN, epilog=_TRAIN_EPILOG))
     _add_evaluate(
         commands.add_parser(
@@ -228,6 +283,46 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_decoding(parser, batch_size=8)
 
 
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE|FOLDER", help="images, or one folder of them")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="FILE|NAME",
+        help="a label file, or names of findings (default: those that the checkpoint is calibrated for)",
+    )
+    parser.add_argument("--exclusive", action="store_true", default=None, help="each study has exactly one of them")
+    parser.add_argument("--report-language", metavar="CODE", help="read the report that the model writes too")
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
+    parser.add_argument("--output", metavar="FILE", help="write there and not to the screen; goes on if stopped")
+    _add_model(parser)
+    _add_running(parser, batch_size=8)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a new or an empty folder for the calibrated checkpoint")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FOLDER", help="data folders with validation parts"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of folds and resamples (default: 0)")
+    _add_model(parser)
+    _add_running(parser, batch_size=8)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="chest images")
+    parser.add_argument("--phrase", nargs="+", default=(), metavar="TEXT", help="phrases in English or Chinese")
+    parser.add_argument("--labels", nargs="+", default=(), metavar="NAME", help="names of findings")
+    parser.add_argument("--language", metavar="CODE", help="of the phrases (default: seen from the text)")
+    parser.add_argument("--report-language", metavar="CODE", help="write a report too, and weigh its sentences")
+    parser.add_argument(
+        "--method", choices=("similarity", "gradient"), default="similarity", help="default: similarity"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="for pictures and data")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: cpu)")
+    _add_model(parser)
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the recipes that ship")
     # Shown in the help only: what the parser does not know are the recipe and its settings, in whatever order.
@@ -252,7 +347,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="default: evaluation")
     parser.add_argument("--training-data", metavar="FOLDER", help="for floors and probes (default: --data)")
-    parser.add_argument("--labels", metavar="FILE", help="diagnosis: which findings (default: all that are annotated)")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="FILE|NAME",
+        help="diagnosis: a label file, or names of findings (default: all that are annotated)",
+    )
     parser.add_argument(
         "--shots", type=_shots, metavar="0|N|full", help="diagnosis: training studies a class (default: 0)"
     )
@@ -285,11 +385,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder (default: the one inside the package)")
 
 
-def _add_decoding(parser: argparse.ArgumentParser, batch_size: int) -> None:
+def _add_running(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--batch-size", type=_count, default=batch_size, metavar="N", help=f"studies at once (default: {batch_size})"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: cpu)")
+
+
+def _add_decoding(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    _add_running(parser, batch_size)
     parser.add_argument("--num-beams", type=_count, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest report")
 

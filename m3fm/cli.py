@@ -130,6 +130,84 @@ def _write_json(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
 FORMATS = {"text": _write_text, "json": _write_json, "jsonl": _write_jsonl}
 
 # --------------------------------------------------------------------------------------------------------------------
+# m3fm diagnose, calibrate, explain
+
+
+def diagnose(args: Namespace) -> int:
+    """Scores findings on files into a table."""
+    from .diagnosis.table import diagnose_files
+
+    _quieten_transformers()
+    sys.stderr.write(f"{NOTICE}\n")
+    counts = diagnose_files(
+        args.files[0] if len(args.files) == 1 else args.files,
+        labels=_file_or_names(args.labels),
+        output=args.output,
+        format=args.format,
+        model=_checked_model(args.model),
+        device=str(_checked_device(args.device)),
+        report_language=args.report_language,
+        exclusive=args.exclusive,
+        batch_size=args.batch_size,
+    )
+    if args.output is not None:
+        read = counts["studies"] - counts["errors"]
+        sys.stderr.write(f"{read} of {counts['studies']} studies diagnosed in {args.output}\n")
+    return EXIT_ERROR if counts["errors"] else 0
+
+
+def _file_or_names(labels: list[str] | None) -> str | list[str] | None:
+    """Returns the path of a label file, which has an ending, or names of findings, which have none."""
+    if labels and len(labels) == 1 and Path(labels[0]).suffix:
+        return labels[0]
+    return labels
+
+
+def calibrate(args: Namespace) -> int:
+    """Writes a calibrated copy of a checkpoint, and says which labels could not be calibrated."""
+    from .diagnosis.calibrate import calibrate_checkpoint
+
+    _quieten_transformers()
+    facts = calibrate_checkpoint(
+        _checked_model(args.model),
+        args.data,
+        args.folder,
+        batch_size=args.batch_size,
+        device=str(_checked_device(args.device)),
+        seed=args.seed,
+    )
+    for label, reason in facts["uncalibrated"].items():
+        sys.stderr.write(f"not calibrated: {label}: {reason}\n")
+    sys.stderr.write(f"calibrated: {', '.join(facts['calibrated'])}; written: {facts['output_dir']}\n")
+    return 0
+
+
+def explain(args: Namespace) -> int:
+    """Draws heat maps for phrases and findings, and weighs the sentences of a written report."""
+    from .explain_files import explain_files
+
+    _quieten_transformers()
+    sys.stderr.write(f"{NOTICE}\n")
+    rows = explain_files(
+        args.files,
+        phrases=args.phrase,
+        labels=args.labels,
+        method=args.method,
+        output_dir=args.output,
+        model=_checked_model(args.model),
+        device=str(_checked_device(args.device)),
+        language=args.language,
+        report_language=args.report_language,
+        on_error="row",
+    )
+    failed = {row["source"]: row["error"] for row in rows if "error" in row}
+    for source, error in failed.items():
+        sys.stderr.write(f"error: {source}: {error}\n")
+    sys.stderr.write(f"explanations are in {args.output}\n")
+    return EXIT_ERROR if failed else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # m3fm train, evaluate, compare, export
 
 
@@ -215,6 +293,7 @@ def _evaluate_diagnosis(
     evaluate_diagnosis(
         model,
         data,
+        labels=_file_or_names(given.pop("labels", None)),
         languages=given.pop("language", None),
         output_dir=output,
         batch_size=batch_size,
@@ -267,7 +346,16 @@ def export(args: Namespace) -> int:
     return 0
 
 
-COMMANDS = {"report": report, "train": train, "evaluate": evaluate, "compare": compare, "export": export}
+COMMANDS = {
+    "report": report,
+    "diagnose": diagnose,
+    "calibrate": calibrate,
+    "explain": explain,
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "export": export,
+}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Options

@@ -189,20 +189,24 @@ def letterbox(pixels: np.ndarray, height: int, width: int, resample: int) -> np.
     Returns:
         (height, width) float32 in 0..1.
     """
-    rows, columns = pixels.shape
-    scale = min(height / rows, width / columns)
-    new_rows = min(height, max(1, round(rows * scale)))
-    new_columns = min(width, max(1, round(columns * scale)))
-    if (new_rows, new_columns) != (rows, columns):
+    top, left, new_rows, new_columns = letterbox_place(*pixels.shape, height, width)
+    if (new_rows, new_columns) != pixels.shape:
         image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32))
         # Bicubic and Lanczos overshoot at edges.
         pixels = np.clip(np.asarray(image.resize((new_columns, new_rows), resample)), 0, 1)
     if (new_rows, new_columns) == (height, width):
         return pixels
-    top, left = (height - new_rows) // 2, (width - new_columns) // 2
     canvas = np.zeros((height, width), dtype=np.float32)
     canvas[top : top + new_rows, left : left + new_columns] = pixels
     return canvas
+
+
+def letterbox_place(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Say where `letterbox` puts an image: its top and left, and the rows and columns it takes there."""
+    scale = min(height / rows, width / columns)
+    new_rows = min(height, max(1, round(rows * scale)))
+    new_columns = min(width, max(1, round(columns * scale)))
+    return (height - new_rows) // 2, (width - new_columns) // 2, new_rows, new_columns
 
 
 def _render(image: ChestImage, pixels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:

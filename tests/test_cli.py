@@ -286,7 +286,9 @@ def test_help_and_option_errors_load_nothing(words):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", ["report", "train", "evaluate", "compare", "export"])
+@pytest.mark.parametrize(
+    "command", ["report", "diagnose", "calibrate", "explain", "train", "evaluate", "compare", "export"]
+)
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -316,7 +318,8 @@ def test_wrong_option_is_a_usage_error(words, capsys):
 
 
 def test_every_command_is_done_somewhere():
-    assert set(cli.COMMANDS) == {"report", "train", "evaluate", "compare", "export"}
+    commands = {"report", "diagnose", "calibrate", "explain", "train", "evaluate", "compare", "export"}
+    assert set(cli.COMMANDS) == commands
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -396,6 +399,7 @@ def evaluated(monkeypatch):
         ("--language en zh --seed 0", "evaluate_reports", {"languages": ["en", "zh"], "seed": 0}),
         ("--num-beams 2 --training-data x", "evaluate_reports", {"num_beams": 2, "training_data": "x"}),
         ("--task diagnosis --labels l.yaml --shots 0", "evaluate_diagnosis", {"labels": "l.yaml", "shots": 0}),
+        ("--task diagnosis --labels edema 肺炎", "evaluate_diagnosis", {"labels": ["edema", "肺炎"]}),
         ("--task diagnosis --shots full --split test", "evaluate_diagnosis", {"shots": "full", "split": "test"}),
         ("--task parallel --split all", "evaluate_parallel", {"split": "all"}),
         ("--task paper --num-resamples 10 --recipe r", "run_paper_table", {"num_resamples": 10, "recipe": "r"}),
