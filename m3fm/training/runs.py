@@ -34,6 +34,7 @@ KINDS = {
     "tokenizer": Kind(".tokenizer", "TokenizerRecipe", trains=False),
     "align": Kind(".align", "AlignRecipe", trains=True),
     "write": Kind(".write", "WriteRecipe", trains=True),
+    "classify": Kind(".classify", "ClassifyRecipe", trains=True),
 }
 
 

@@ -99,7 +99,10 @@ def test_bf16_is_not_refused_without_an_accelerator(tmp_path, seen):
         ("recipe: align\nimage_set: {a: 1}\n", "image_set"),
         ("recipe: write\nfreeze_vision: true\n", "freeze_vision"),
         ("recipe: tokenizer\nlearning_rate: 1.0\n", "learning_rate"),
-        ("recipe: report\n", r"expected `recipe:` to be one of \['align', 'tokenizer', 'write'\], got 'report'"),
+        (
+            "recipe: report\n",
+            r"expected `recipe:` to be one of \['align', 'classify', 'tokenizer', 'write'\], got 'report'",
+        ),
         ("image_sets: {}\n", "to be one of.*got None"),
         ("- recipe\n", "to be one of"),
         ("", "to be one of"),
