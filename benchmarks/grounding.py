@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from m3fm import DEFAULT_CHECKPOINT
+from m3fm.chest_image_m3fm import ChestImage
 from m3fm.data.labels import canonical_findings, finding_table
 from m3fm.evaluation.reporter import hash_checkpoint
 from m3fm.evaluation.resampling import cluster_weights, compare_rows, mean_measurement
@@ -198,6 +199,15 @@ def main() -> None:
     parser.add_argument("--num-resamples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    result, examples = measure(args)
+    write_json(args.output, result)
+    if args.image is not None:
+        args.image.write_bytes(examples)
+    sys.stdout.write(result["table"] + "\n")
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], bytes]:
+    """Runs everything; returns what is written as JSON, and a PNG of examples."""
     explainer = Explainer.from_pretrained(args.model)
     studies, cases = read_cases(args.data / SOURCE, explainer)
     tuning, prompts, chosen, found = {}, {}, {}, {}
@@ -228,10 +238,9 @@ def main() -> None:
     rows["noise"] = [noise_maps(studies, cases, explainer, args.seed + trial) for trial in range(NOISE_TRIALS)]
     rows["mean box of others"] = [mean_of_others(cases, [case.mask.astype(np.float32) for case in cases])]
     parts = {part: score_rows(rows, cases, part, args.num_resamples, args.seed) for part in (VALIDATION, TRAIN, ALL)}
-    shares = {name: share_on_left(draws[0]) for name, draws in rows.items() if name.partition(",")[0] in METHODS}
-    shares["boxes"] = float(np.mean([np.argwhere(case.mask)[:, 1].mean() > case.mask.shape[1] / 2 for case in cases]))
+    shares = side_shares(explainer, studies, cases, rows)
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    table = f"{render(parts)}\n\nHighest on the patient's left, share of all cases: {listed}."
+    table = f"{render(parts)}\n\nHighest in the right half of the image, share of all cases: {listed}."
     words = ["python", "benchmarks/grounding.py", "--data", str(args.data), "--output", str(args.output)]
     words += [] if args.image is None else ["--image", str(args.image)]
     result = {
@@ -248,17 +257,35 @@ def main() -> None:
         "tuning_on_train": {"window": tuning, "prompts": prompts},
         "differences_are": f"{LEADER} minus the row",
         "parts": parts,
-        "share_on_left": shares,
+        "share_in_right_half": shares,
         "table": table,
     }
-    write_json(args.output, result)
-    if args.image is not None:
-        args.image.write_bytes(draw_examples(found, cases))
-    sys.stdout.write(table + "\n")
+    return result, draw_examples(found, cases)
 
 
-def share_on_left(maps: Sequence[np.ndarray]) -> float:
-    """Returns how often the peak lies in the right half of the image, which is the patient's left."""
+def side_shares(
+    explainer: Explainer, studies: Sequence[EncodedStudy], cases: Sequence[Case], rows: dict[str, list]
+) -> dict[str, float]:
+    """Returns how often maps, maps of the mirrored images, and boxes lie in the right half of the image."""
+    shares = {name: share_in_right_half(draws[0]) for name, draws in rows.items() if name.partition(",")[0] in METHODS}
+    turned = mirrored(explainer, studies)
+    for method in METHODS:
+        maps = model_maps(explainer, turned, cases, method, DEFAULT_WINDOWS[method], explainer.label_target)
+        for code, by_case in maps.items():
+            values = [heat_map.maps[0] for heat_map in by_case]
+            shares[f"{method}, {code}, mirrored images"] = share_in_right_half(values)
+    columns = [np.argwhere(case.mask)[:, 1].mean() / case.mask.shape[1] for case in cases]
+    return shares | {"boxes": float(np.mean(np.array(columns) > 0.5))}
+
+
+def mirrored(explainer: Explainer, studies: Sequence[EncodedStudy]) -> list[EncodedStudy]:
+    """Returns the studies with left and right exchanged: a map that follows the image changes sides too."""
+    images = [np.ascontiguousarray(study.images[0].pixels[None, :, ::-1]) for study in studies]
+    return [explainer.read(ChestImage(pixels, "cxr")) for pixels in images]
+
+
+def share_in_right_half(maps: Sequence[np.ndarray]) -> float:
+    """Returns how often the peak lies in the right half of the image, which is the patient's left unless mirrored."""
     return float(np.mean([each.argmax() % each.shape[1] >= each.shape[1] / 2 for each in maps]))
 
 

@@ -8,7 +8,7 @@ between the image tower's patch tokens and the shared space:
   Fergus, ECCV 2014, on tokens rather than pixels). The tower is run once, and leaving tokens out of an attention
   average is exact, so this costs no more than a projection.
 - "gradient": the derivative of the score by a gate on each patch token, gradient times input at gates of one (Michel
-  et al., NeurIPS 2019, equation 3, for tokens in place of heads), summed over the same places.
+  et al., NeurIPS 2019, for tokens in place of heads), summed over the same places.
 
 A patch token of a transformer holds something of the whole image, and neither method looks into the tower.
 `benchmarks/grounding.py` measures how often a map points at what a radiologist marked. For research only.

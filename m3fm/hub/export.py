@@ -25,7 +25,7 @@ REQUIRED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-OPTIONAL_FILES = ("model.safetensors.index.json", "README.md")
+OPTIONAL_FILES = ("model.safetensors.index.json", "README.md", "diagnosis_head.json")
 WEIGHTS = "*.safetensors"
 STORED_DTYPES = ("float16", "bfloat16")
 

@@ -104,5 +104,5 @@ def _mark(path: Path) -> str:
 def _fingerprint(tower: torch.nn.Module, image_processor: M3FMImageProcessor) -> str:
     digest = hashlib.sha256(json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode())
     for name, weight in sorted(tower.state_dict().items()):
-        digest.update(name.encode() + weight.float().sum().cpu().numpy().tobytes())
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
