@@ -43,7 +43,13 @@ def test_the_card_travels_with_the_weights():
 
 @pytest.mark.parametrize(
     ("name", "results"),
-    [("README.md", RESULTS), ("model_cards/m3fm-small.md", RESULTS), ("docs/evaluation.md", RESULTS.parent)],
+    [
+        ("README.md", RESULTS),
+        ("model_cards/m3fm-small.md", RESULTS),
+        ("docs/explain.md", RESULTS),
+        ("docs/training.md", RESULTS),
+        ("docs/evaluation.md", RESULTS.parent),
+    ],
 )
 def test_pages_print_what_was_measured(name, results):
     page = (ROOT / name).read_text(encoding="utf-8")
