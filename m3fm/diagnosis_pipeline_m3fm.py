@@ -75,6 +75,16 @@ class ScoredLabels:
         return sorted(found, key=lambda answer: -answer["score"])
 
 
+@torch.inference_mode()
+def embed_texts(towers: torch.nn.Module, processor: Any, texts: Sequence[str]) -> np.ndarray:
+    """Returns texts in the shared space, (texts, D), unit norm, for an `M3FMModel` and its processor."""
+    embeds = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        inputs = processor(text=list(texts[start : start + _TEXTS_AT_ONCE]), return_tensors="pt").to(towers.device)
+        embeds.append(towers.get_text_features(inputs["input_ids"], inputs["attention_mask"]).float().cpu())
+    return torch.cat(embeds).numpy()
+
+
 class M3FMDiagnosisPipeline(M3FMStudyPipeline):
     """Says how probable findings are, by their names in English or Chinese, without any training.
 
@@ -202,15 +212,8 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
         """Returns MultiMedCLIP, which is the model itself or stands in it."""
         return getattr(self.model, self.model.base_model_prefix, self.model)
 
-    @torch.inference_mode()
     def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns texts in the shared space, (texts, D)."""
-        embeds = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            inputs = self.processor(text=list(texts[start : start + _TEXTS_AT_ONCE]), return_tensors="pt")
-            inputs = inputs.to(self.model.device)
-            embeds.append(self._towers.get_text_features(inputs["input_ids"], inputs["attention_mask"]).float().cpu())
-        return torch.cat(embeds).numpy()
+        return embed_texts(self._towers, self.processor, texts)
 
     def _forward(self, model_inputs: dict[str, Any], report_language: str | None = None) -> dict[str, Any]:
         mask = model_inputs["image_mask"]

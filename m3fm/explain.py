@@ -31,6 +31,7 @@ from . import DEFAULT_CHECKPOINT
 from .chest_image_m3fm import MODALITIES, ChestImage
 from .diagnosis.prompts import default_diagnosis
 from .diagnosis_m3fm import find_label, label_phrases, mean_phrases
+from .diagnosis_pipeline_m3fm import embed_texts
 from .evaluation.reporter import checkpoint_folder
 from .explain_evidence import SentenceEvidence, weigh_report
 from .explain_maps import HeatMap, ImageMap, display_pixels, to_image
@@ -41,7 +42,6 @@ METHODS = ("similarity", "gradient")
 DEFAULT_WINDOWS = {"similarity": 7, "gradient": 7}
 # What remains of the attention when nearly all is left out, so that dividing by it is safe.
 _LEAST_ATTENTION = 1e-6
-_TEXTS_AT_ONCE = 64
 # First and last character of scripts that tell a language.
 _SCRIPTS = {"zh": ("\u4e00", "\u9fff")}
 
@@ -223,15 +223,9 @@ class Explainer:
             self._prompts |= dict(zip(missing, self.embed_texts(missing), strict=True))
         return np.stack([self._prompts[text] for text in texts])
 
-    @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Returns texts in the shared space, (texts, D), unit norm."""
-        embeds = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            inputs = self.processor(text=list(texts[start : start + _TEXTS_AT_ONCE]), return_tensors="pt")
-            inputs = inputs.to(self.model.device)
-            embeds.append(self._towers.get_text_features(inputs["input_ids"], inputs["attention_mask"]).float().cpu())
-        return torch.cat(embeds).numpy()
+        return embed_texts(self._towers, self.processor, texts)
 
     @torch.inference_mode()
     def embed_study(self, study: EncodedStudy) -> np.ndarray:

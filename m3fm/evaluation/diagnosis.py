@@ -19,7 +19,6 @@ import numpy as np
 
 from ..data import Study, fingerprint, load_studies
 from ..data.splits import new_to
-from ..data.studies import source_name
 from ..diagnosis_m3fm import mean_phrases
 from .baselines import derangement
 from .diagnosis_metrics import (
@@ -50,14 +49,13 @@ from .resampling import cluster_weights, compare_rows, point_scores
 from .runs import (
     FORMAT,
     METRICS_FILE,
-    NOTICE,
     PREDICTIONS,
     command_line,
     group_numbers,
     hash_order,
     hash_text,
-    library_versions,
     open_output,
+    provenance,
     write_json,
 )
 from .selection import evaluated_and_training
@@ -182,20 +180,14 @@ def evaluate_diagnosis(
     options = {"data": data_folder, "training_data": training_data, "labels": labels, "shots": shots}
     options |= {"language": run["languages"] or None, "output": output_dir, "split": part, "batch_size": batch_size}
     options |= {"seed": seed, "device": device, "num_resamples": num_resamples}
+    command = command_line("diagnosis", model_dir, options)
     phrases = _embed_phrases(reporter, label_set, languages, batch_size) if shots == 0 else None
     systems, missing = _build_systems(phrases, data, names, shots, seed)
     scores, predictions = _score_systems(systems, data, names, num_resamples, seed)
     result = {
         "format": FORMAT,
         **run,
-        "model": Path(model_dir).resolve().name,
-        "data": source_name(data_folder),
-        "seed": seed,
-        "device": str(device),
-        "versions": library_versions(),
-        "command": command_line("diagnosis", model_dir, options),
-        "notice": NOTICE,
-        "num_resamples": num_resamples,
+        **provenance(model_dir, data_folder, seed, device, num_resamples, command),
         "labels": names,
         "skipped": skipped | missing,
         "training": {"num_studies": len(training), "left_out_for_shared_patients": num_shared},

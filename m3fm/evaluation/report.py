@@ -14,7 +14,6 @@ import numpy as np
 
 from ..data import Study, fingerprint
 from ..data.splits import new_to
-from ..data.studies import source_name
 from .baselines import derangement, nearest_neighbors, random_reports, select_constant_report
 from .bertscore import BertScorer
 from .clinical_metrics import ClinicalScorer
@@ -28,15 +27,14 @@ from .retrieval import retrieval_recall, same_text
 from .runs import (
     FORMAT,
     METRICS_FILE,
-    NOTICE,
     PREDICTIONS,
     command_line,
     complete_predictions,
     group_numbers,
     hash_order,
     hash_text,
-    library_versions,
     open_output,
+    provenance,
     without_nan,
     write_json,
 )
@@ -171,14 +169,7 @@ def evaluate_reports(
     content = {
         "format": FORMAT,
         **run,
-        "model": Path(model_dir).resolve().name,
-        "data": source_name(data_folder),
-        "seed": seed,
-        "device": str(device),
-        "versions": library_versions(),
-        "command": command,
-        "notice": NOTICE,
-        "num_resamples": chosen.num_resamples,
+        **provenance(model_dir, data_folder, seed, device, chosen.num_resamples, command),
         **({"bertscore_model_sha256": hash_checkpoint(chosen.bertscore.model_dir)} if chosen.bertscore else {}),
         **score_predictions(reporter, evaluated, training, rows, is_new, languages, output, batch_size, seed, chosen),
     }

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import DEFAULT_CHECKPOINT
 from ..data import Study
+from ..data.studies import source_name
 
 PREDICTIONS, RUN, METRICS_FILE = "predictions.jsonl", "run.json", "metrics.json"
 FORMAT = 2
@@ -173,6 +174,22 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def provenance(
+    model_dir: str | Path, data_folder: str | Path, seed: int, device: str, num_resamples: int, command: str
+) -> dict[str, Any]:
+    """Returns what `metrics.json` says of how its numbers came about, beside what the results depend on."""
+    return {
+        "model": Path(model_dir).resolve().name,
+        "data": source_name(data_folder),
+        "seed": seed,
+        "device": str(device),
+        "versions": library_versions(),
+        "command": command,
+        "notice": NOTICE,
+        "num_resamples": num_resamples,
+    }
 
 
 def command_line(task: str, model: str | Path, options: dict[str, Any]) -> str:
