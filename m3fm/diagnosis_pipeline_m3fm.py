@@ -20,9 +20,9 @@ from .diagnosis_m3fm import (
     mean_phrases,
     zero_shot_logits,
 )
-from .study_pipeline_m3fm import M3FMStudyPipeline
+from .study_pipeline_m3fm import READING_ARGUMENTS, M3FMStudyPipeline
 
-_ARGUMENTS = ("candidate_labels", "exclusive", "report_language", "batch_size", "on_error")
+_ARGUMENTS = ("candidate_labels", "exclusive", "report_language", *READING_ARGUMENTS)
 _TEXTS_AT_ONCE = 64
 
 
@@ -92,7 +92,7 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
     `exclusive=True` the labels compete and their scores sum to 1. Studies are given as to `m3fm-report`. Every
     argument of a call but the images can be given when the pipeline is made, and is then the default of its calls.
 
-    The result is a dict a study: `modality` as far as the file tells it, and `labels`, a list of dicts with the most
+    The result is a dict a study: `modality` and `input_check` as there, and `labels`, a list of dicts with the most
     probable first: `label` as it was given; `score`, a probability; `threshold` and `decision` (whether the score
     reaches it), None where the checkpoint has no threshold; `calibrated`, whether the score is a probability that was
     fitted to studies (`config.diagnosis` says on which) or only ranks them.
@@ -118,7 +118,9 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
         exclusive: bool | None = None,
         report_language: str | None = None,
         batch_size: int | None = None,
+        num_workers: int | None = None,
         on_error: str | None = None,
+        on_suspect: str | None = None,
         **unknown: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Scores the labels on one study, on a list of studies, or on a stream of them.
@@ -133,8 +135,12 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
             report_language: Also reads the report that the model writes in this language, and returns it as
                 `report_<language>`; default None, the image alone. Scores are then not calibrated.
             batch_size: Studies that go through the model at once; default 1.
-            on_error: "raise" on the first unreadable study, the default, or "row": its place in the results takes
-                `{"error": reason}` and the others are diagnosed.
+            num_workers: Processes that read ahead; default 0, read between batches.
+            on_error: "raise" on the first study that is unreadable or refused, the default, or "row": its place in
+                the results takes `{"error": reason}`, with its `input_check` where it was refused, and the others are
+                diagnosed.
+            on_suspect: "refuse" what is plainly not a chest, the default, or "warn": `input_check` says so beside
+                scores that mean nothing.
             unknown: Refused, with the names that are accepted.
 
         Returns:
@@ -143,20 +149,18 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
         Raises:
             ValueError: If a label is unknown (the nearest names are given), comes twice or contradicts itself, a study
                 cannot be read, the language is not the checkpoint's, or an argument is unknown.
+            RefusedInput: A ValueError, with the `check` of the images, if they are plainly not a chest.
             ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
         """
-        given, _, _ = self._sanitize_parameters(candidate_labels, exclusive, report_language, on_error, **unknown)
-        settings = {"candidate_labels": None, "exclusive": False, "report_language": None, "on_error": "raise"}
+        given, _, _ = self._sanitize_parameters(
+            candidate_labels, exclusive, report_language, on_error, on_suspect, **unknown
+        )
+        settings = {"candidate_labels": None, "exclusive": False, "report_language": None}
         settings |= self._preprocess_params | given
         language = settings["report_language"]
         scored = self.score_labels(settings["candidate_labels"], settings["exclusive"], language is not None)
-        return self.run_studies(
-            images,
-            batch_size,
-            settings["on_error"],
-            forward_params={"report_language": language},
-            postprocess_params={"scored": scored, "report_language": language},
-        )
+        reading = settings | {"batch_size": batch_size, "num_workers": num_workers}
+        return self.run_studies(images, reading, scored=scored, report_language=language)
 
     @property
     def label_table(self) -> Mapping[str, Any]:
@@ -188,11 +192,12 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
         exclusive: bool | None = None,
         report_language: str | None = None,
         on_error: str | None = None,
+        on_suspect: str | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         """Checks the arguments of the construction or of a call; what was not given is left out."""
         self._refuse_unknown(unknown, _ARGUMENTS)
-        self._check_on_error(on_error)
+        reading = self._checked_reading(on_error=on_error, on_suspect=on_suspect)
         if exclusive is not None and not isinstance(exclusive, bool):
             raise ValueError(f"Expected exclusive to be True or False, got {exclusive!r}.")
         languages = self.model.config.languages
@@ -204,40 +209,41 @@ class M3FMDiagnosisPipeline(M3FMStudyPipeline):
             default = getattr(self, "_preprocess_params", {}).get("exclusive", False)
             choose_candidates(candidate_labels, self.label_table, default if exclusive is None else exclusive)
         given = {"candidate_labels": candidate_labels, "exclusive": exclusive}
-        given |= {"report_language": report_language, "on_error": on_error}
-        return {name: value for name, value in given.items() if value is not None}, {}, {}
-
-    @property
-    def _towers(self) -> torch.nn.Module:
-        """Returns MultiMedCLIP, which is the model itself or stands in it."""
-        return getattr(self.model, self.model.base_model_prefix, self.model)
+        given |= {"report_language": report_language}
+        return reading | {name: value for name, value in given.items() if value is not None}, {}, {}
 
     def _embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         return embed_texts(self._towers, self.processor, texts)
 
-    def _forward(self, model_inputs: dict[str, Any], report_language: str | None = None) -> dict[str, Any]:
-        mask = model_inputs["image_mask"]
-        tokens = self._towers.get_vision_features(model_inputs["pixel_values"].to(self.model.dtype))
+    def _answer(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        studies: Sequence[Mapping[str, Any]],
+        scored: ScoredLabels,
+        report_language: str | None,
+    ) -> dict[str, Any]:
+        """Embeds the images, and writes their reports where these are to be read too."""
         images = self._towers.get_image_features(vision_features=tokens, image_mask=mask)  # (B, D)
-        outputs = {"image_embeds": images.float(), "modalities": model_inputs["modalities"]}
+        answer = {"image_embeds": images.float()}
         if report_language is not None:
-            outputs["sequences"] = self.model.generate(
+            answer["sequences"] = self.model.generate(
                 vision_features=tokens, image_mask=mask, language=report_language, do_sample=False
             )
-        return outputs
+        return answer
 
-    def postprocess(
-        self, model_outputs: dict[str, Any], scored: ScoredLabels, report_language: str | None = None
+    def _answer_rows(
+        self, answer: Mapping[str, Any], scored: ScoredLabels, report_language: str | None
     ) -> list[dict[str, Any]]:
         """Scores a batch, one dict a study."""
-        rows: list[dict[str, Any]] = [{"modality": modality} for modality in model_outputs["modalities"]]
+        rows: list[dict[str, Any]] = [{} for _ in answer["image_embeds"]]
         reports = None
         if report_language is not None:
-            texts = self.processor.batch_decode(model_outputs["sequences"], skip_special_tokens=True)
+            texts = self.processor.batch_decode(answer["sequences"], skip_special_tokens=True)
             texts = [text.strip() for text in texts]
             reports = self._embed_texts(texts)
-            rows = [row | {f"report_{report_language}": text} for row, text in zip(rows, texts, strict=True)]
-        logits = scored.logits(model_outputs["image_embeds"].numpy(), reports)  # (B, L)
+            rows = [{f"report_{report_language}": text} for text in texts]
+        logits = scored.logits(answer["image_embeds"].numpy(), reports)  # (B, L)
         return [row | {"labels": scored.answers(each)} for row, each in zip(rows, logits, strict=True)]
 
 

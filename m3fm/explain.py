@@ -35,7 +35,6 @@ from .diagnosis_pipeline_m3fm import embed_texts
 from .evaluation.reporter import checkpoint_folder
 from .explain_evidence import SentenceEvidence, weigh_report
 from .explain_maps import HeatMap, ImageMap, display_pixels, to_image
-from .image_processing_m3fm import choose_slices
 
 METHODS = ("similarity", "gradient")
 # Side, in patches, of the part of the image that is left out around each patch, by `benchmarks/grounding.py`.
@@ -138,10 +137,10 @@ class Explainer:
 
     @torch.inference_mode()
     def read(self, images: Any, modality: str | None = None) -> EncodedStudy:
-        """Reads a study, an image or a list of images, and runs the image tower.
+        """Reads a study, an image, a folder or a list of images, and runs the image tower.
 
         Args:
-            images: As `m3fm-report` takes them.
+            images: As `m3fm-report` takes one study.
             modality: "cxr" or "ct" for files that do not say; None leaves it open.
 
         Raises:
@@ -150,11 +149,10 @@ class Explainer:
         """
         if modality not in (*MODALITIES, None):
             raise ValueError(f"Expected modality to be one of {list(MODALITIES)} or None, got {modality!r}.")
-        sources = list(images) if isinstance(images, list | tuple) else [images]
-        if not sources:
+        if isinstance(images, list | tuple) and not images:
             raise ValueError("Expected a study of at least one image, got an empty list.")
         processor = self.processor.image_processor
-        read = [processor.read(source) for source in sources]
+        read = processor.read_study(images)
         pixels = self.processor(images=[read], return_tensors="pt")["pixel_values"].to(self.model.device)
         tokens = self._towers.get_vision_features(pixels)[0]  # (N, S, C)
         grid = tuple(side // cell for side, cell in zip(pixels.shape[-2:], self.cell, strict=True))
@@ -391,15 +389,15 @@ def detect_language(text: str, languages: Sequence[str]) -> str:
 
 
 def _planes(read: Sequence[ChestImage], processor: Any, modality: str | None) -> list[ImageMap]:
-    """Returns what the model sees of a study, in the order in which the image processor lays it out."""
+    """Returns what the model sees of a study, reduced to its slices, in the order of the image processor."""
     empty = np.empty((0, 0), dtype=np.float32)
     return [
         ImageMap(
             values=empty,
-            pixels=display_pixels(image, number, processor.ct_windows[0]),
+            pixels=display_pixels(image, position, processor.ct_windows[0]),
             image=index,
-            slice=int(number),
-            num_slices=len(image.pixels),
+            slice=position if image.slice_numbers is None else image.slice_numbers[position],
+            num_slices=image.source_slices or len(image.pixels),
             modality=image.modality or modality,
             view=image.view,
             attention=0.0,
@@ -407,7 +405,7 @@ def _planes(read: Sequence[ChestImage], processor: Any, modality: str | None) ->
             relevance=None,
         )
         for index, image in enumerate(read)
-        for number in choose_slices(len(image.pixels), processor.num_slices)
+        for position in range(len(image.pixels))
     ]
 
 

@@ -11,38 +11,20 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.processing_utils import Unpack
 from transformers.utils import TensorType
 
-from .imaging_m3fm import DEFAULT_PERCENTILES, ChestImage, read_image
+from .borders_m3fm import without_border
+from .chest_image_m3fm import ChestImage
+from .image_settings_m3fm import SETTINGS, M3FMImagesKwargs, checked_settings, refuse_unknown_settings
+from .imaging_m3fm import DEFAULT_PERCENTILES, read_image
+from .series_m3fm import read_study
+from .slices_m3fm import chosen_slices
 
-# The outer tenths of a chest CT are neck and upper abdomen: "uniform" spreads its slices over the middle 80 %.
-MIDDLE_FRACTION = 0.8
-SLICE_SELECTIONS = ("uniform",)
-
-_SETTINGS = (
-    "size",
-    "resample",
-    "image_mean",
-    "image_std",
-    "ct_windows",
-    "cxr_window",
-    "slice_selection",
-    "num_slices",
-    "max_images",
-)
 # Written into the saved JSON by transformers beside the settings.
 _SERVICE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map")
-
-
-class M3FMImagesKwargs(ImagesKwargs, total=False):
-    """Settings of `M3FMImageProcessor` beyond `size`, `resample`, `image_mean` and `image_std`."""
-
-    ct_windows: list[list[float]]
-    cxr_window: list[float] | None
-    slice_selection: str
-    num_slices: int
-    max_images: int
+# By how much display values may be outside 0..1, as resampling and rounding leave them.
+_DISPLAY_SLACK = 1e-3
 
 
 class M3FMImageProcessor(BaseImageProcessor):
@@ -56,12 +38,17 @@ class M3FMImageProcessor(BaseImageProcessor):
         resample: PIL filter, bicubic by default; antialiased, in float32, clipped to 0..1.
         image_mean: Mean per channel, subtracted last.
         image_std: Standard deviation per channel.
-        ct_windows: [[center, width]] in HU, repeated to three channels, or three of them, one per channel.
+        ct_windows: [[center, width]] in HU, repeated to three channels, or three of them, one per channel. "lung",
+            "mediastinum" and "bone" name a usual window, and are kept as its numbers.
         cxr_window: [low, high] percentiles stretched to 0..1 where a source defines no display range (16-bit PNG,
             DICOM without window), or None for its minimum and maximum.
-        slice_selection: "uniform": `num_slices` evenly over the middle 80 % of the slices.
-        num_slices: Slices taken from a volume; a volume with fewer gives them all.
-        max_images: Most images a study may have.
+        cxr_border: "keep" leaves a radiograph as it is, "crop" cuts an even black or white border off before the
+            letterbox (see `borders_m3fm`); all that is said of the image is then said of what remains. A single image
+            whose file does not say what it is counts as a radiograph.
+        slice_selection: "uniform": `num_slices` evenly over the middle 80 % of the slices; "lungs": over those that
+            show lung (see `slices_m3fm`); "all": every slice.
+        num_slices: Slices taken from a volume, unless all are; a volume with fewer gives them all.
+        max_images: Most images a study may have, slices counted.
     """
 
     model_input_names = ["pixel_values", "image_mask"]
@@ -73,6 +60,7 @@ class M3FMImageProcessor(BaseImageProcessor):
     image_std = IMAGENET_DEFAULT_STD
     ct_windows = [[-600.0, 1500.0]]  # the usual lung window
     cxr_window = list(DEFAULT_PERCENTILES)
+    cxr_border = "keep"
     slice_selection = "uniform"
     num_slices = 8
     max_images = 64
@@ -83,9 +71,9 @@ class M3FMImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: If a setting is unknown or out of range.
         """
-        settings = {key: kwargs.pop(key, getattr(type(self), key)) for key in _SETTINGS}
-        _refuse_unknown([key for key in kwargs if key not in _SERVICE_KEYS])
-        super().__init__(**kwargs, **_checked(settings))
+        settings = {key: kwargs.pop(key, getattr(type(self), key)) for key in SETTINGS}
+        refuse_unknown_settings(key for key in kwargs if key not in _SERVICE_KEYS)
+        super().__init__(**kwargs, **checked_settings(settings))
 
     @property
     def backend(self) -> str:
@@ -96,12 +84,12 @@ class M3FMImageProcessor(BaseImageProcessor):
         """Return the images unread.
 
         `ProcessorMixin` calls this hook before the processor itself, and its default opens every string with PIL.
-        Reading is left to `preprocess`, which knows the settings of the call and holds one source at a time.
+        Reading is left to `preprocess`, which knows the settings of the call and holds one study at a time.
         """
         return images
 
     def read(self, source: Any) -> ChestImage:
-        """Read one source (see `read_image`) as `preprocess` does, which takes the result in the source's place.
+        """Read one source (see `read_image`), a volume whole.
 
         Raises:
             ValueError: If the source cannot be read as a chest image.
@@ -109,14 +97,33 @@ class M3FMImageProcessor(BaseImageProcessor):
         """
         return read_image(source, percentiles=self.cxr_window)
 
+    def read_study(self, sources: Any) -> list[ChestImage]:
+        """Read the images of one study, of volumes the slices that the model sees.
+
+        `preprocess` reads the same, and takes the result in the place of the sources.
+
+        Args:
+            sources: One source (see `read_image`), a folder, or a list of these: views, or slices in any order.
+
+        Returns:
+            At least one image, in memory; `slice_numbers` says which slices of a volume it holds.
+
+        Raises:
+            ValueError: If a source cannot be read, or the study is empty or too large.
+            ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
+        """
+        settings = {key: getattr(self, key) for key in SETTINGS}
+        return _read_images(list(sources) if isinstance(sources, (list, tuple)) else [sources], "the study", settings)
+
     def preprocess(
         self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Unpack[M3FMImagesKwargs]
     ) -> BatchFeature:
         """Prepare one image, a batch of images, or a batch of studies.
 
         Args:
-            images: One source (see `read_image`) is a batch of one study; a list of sources is one study each; a
-                source may itself be a list: the images of one study.
+            images: One source (see `read_image`) or folder is a batch of one study; a list of them is one study each;
+                an element may itself be a list: the images of one study, views or the slices of a CT in any order.
+                A `ChestImage` that `read_study` reduced to its slices is taken as it is.
             return_tensors: "pt" or "np"; None gives numpy arrays.
             **kwargs: Settings for this call only.
 
@@ -126,10 +133,11 @@ class M3FMImageProcessor(BaseImageProcessor):
 
         Raises:
             ValueError: If a source cannot be read, a study is empty or too large, or a setting is wrong.
+            ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
         """
-        _refuse_unknown([key for key in kwargs if key not in _SETTINGS])
-        settings = _checked({key: kwargs.get(key, getattr(self, key)) for key in _SETTINGS})
-        studies = [self._prepare_study(sources, i, settings) for i, sources in enumerate(_as_studies(images))]
+        refuse_unknown_settings(kwargs)
+        settings = checked_settings({key: kwargs.get(key, getattr(self, key)) for key in SETTINGS})
+        studies = [_prepare_study(sources, i, settings) for i, sources in enumerate(_as_studies(images))]
         longest = max(len(study) for study in studies)
         pixel_values = np.zeros((len(studies), longest, *studies[0].shape[1:]), dtype=np.float32)  # (B, N, 3, H, W)
         image_mask = np.zeros((len(studies), longest), dtype=bool)  # (B, N)
@@ -137,44 +145,6 @@ class M3FMImageProcessor(BaseImageProcessor):
             pixel_values[i, : len(study)] = study
             image_mask[i, : len(study)] = True
         return BatchFeature({"pixel_values": pixel_values, "image_mask": image_mask}, tensor_type=return_tensors)
-
-    def _prepare_study(self, sources: list[Any], index: int, settings: dict[str, Any]) -> np.ndarray:
-        """Read the images of one study, window, letterbox and normalise: (N, 3, H, W)."""
-        if not sources:
-            raise ValueError(f"study {index} of the batch has no image, expected at least one")
-        planes: list[np.ndarray] = []
-        for source in sources:
-            image = read_image(source, percentiles=settings["cxr_window"])
-            chosen = choose_slices(len(image.pixels), settings["num_slices"])
-            planes.extend(_render(image, pixels, settings) for pixels in image.pixels[chosen])
-            if len(planes) > settings["max_images"]:
-                raise ValueError(
-                    f"study {index} of the batch has more than {settings['max_images']} images (max_images); "
-                    "give the slices of a CT as one volume"
-                )
-        study = np.stack(planes)  # (N, 3, H, W)
-        mean = np.asarray(settings["image_mean"], dtype=np.float32)[:, None, None]
-        std = np.asarray(settings["image_std"], dtype=np.float32)[:, None, None]
-        return (study - mean) / std
-
-
-def choose_slices(total: int, count: int) -> np.ndarray:
-    """Choose slices evenly over the middle 80 % of a volume.
-
-    Args:
-        total: Slices there are.
-        count: Slices wanted.
-
-    Returns:
-        Increasing indices; all of them if there are no more than `count`.
-    """
-    if total <= count:
-        return np.arange(total)
-    start = total * (1 - MIDDLE_FRACTION) / 2
-    positions = start + (np.arange(count) + 0.5) / count * total * MIDDLE_FRACTION
-    chosen = np.unique(np.floor(positions + 1e-6).astype(int))  # 14.999... is slice 15
-    # With barely more slices than wanted, two positions can share a slice: take the middle ones in a row.
-    return chosen if len(chosen) == count else (total - count) // 2 + np.arange(count)
 
 
 def letterbox(pixels: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
@@ -209,16 +179,66 @@ def letterbox_place(rows: int, columns: int, height: int, width: int) -> tuple[i
     return (height - new_rows) // 2, (width - new_columns) // 2, new_rows, new_columns
 
 
-def _render(image: ChestImage, pixels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+def _prepare_study(sources: list[Any], index: int, settings: dict[str, Any]) -> np.ndarray:
+    """Read the images of one study, window, letterbox and normalise: (N, 3, H, W)."""
+    name = f"study {index} of the batch"
+    images = _read_images(sources, name, settings)
+    planes = [_render(image, pixels, name, settings) for image in images for pixels in image.pixels]
+    study = np.stack(planes)  # (N, 3, H, W)
+    mean = np.asarray(settings["image_mean"], dtype=np.float32)[:, None, None]
+    std = np.asarray(settings["image_std"], dtype=np.float32)[:, None, None]
+    return (study - mean) / std
+
+
+def _read_images(sources: list[Any], name: str, settings: dict[str, Any]) -> list[ChestImage]:
+    """Read a study and reduce its images to what the model sees; `name` is what errors call it."""
+    if not sources:
+        raise ValueError(f"{name} has no image, expected at least one")
+    images = read_study(sources, percentiles=settings["cxr_window"])
+    _check_number(images, name, settings)
+    images = [chosen_slices(image, settings["slice_selection"], settings["num_slices"]) for image in images]
+    return images if settings["cxr_border"] == "keep" else [without_border(image) for image in images]
+
+
+def _check_number(images: list[ChestImage], name: str, settings: dict[str, Any]) -> None:
+    """Refuse a study with too many images before any slice is decoded."""
+    limit, takes_all = settings["max_images"], settings["slice_selection"] == "all"
+    number = 0
+    for image in images:
+        slices = len(image.pixels)
+        number += slices if takes_all or image.slice_numbers is not None else min(slices, settings["num_slices"])
+    if number <= limit:
+        return
+    if takes_all:
+        raise ValueError(
+            f"{name} has {number} slices, slice_selection 'all' takes at most max_images, which is {limit}: expected "
+            f"max_images to be set to {number}, or slice_selection to 'uniform' or 'lungs'"
+        )
+    raise ValueError(
+        f"{name} has more than {limit} images (max_images); give the slices of a CT as one volume, or as DICOM files"
+    )
+
+
+def _render(image: ChestImage, pixels: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray:
     """Window one slice (H0, W0) of an image and letterbox it: (3, H, W) in 0..1."""
+    _check_values(pixels, image.units, name)
     size = (settings["size"]["height"], settings["size"]["width"])
     if image.units == "intensity":
         channels = [letterbox(pixels, *size, settings["resample"])]
     else:
         # Windowed before the resize: metal and air far outside the window would ring into the lung.
-        windowed = [np.clip((pixels - (c - w / 2)) / w, 0, 1) for c, w in settings["ct_windows"]]
+        windowed = (np.clip((pixels - (c - w / 2)) / w, 0, 1) for c, w in settings["ct_windows"])
         channels = [letterbox(each, *size, settings["resample"]) for each in windowed]
     return np.broadcast_to(np.stack(channels), (3, *size))
+
+
+def _check_values(pixels: np.ndarray, units: str, name: str) -> None:
+    """Refuse what only a `ChestImage` made by hand can hold: readers leave no such values."""
+    low, high = float(pixels.min()), float(pixels.max())  # NaN if any pixel is
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"{name}: got NaN or infinite pixels, expected numbers")
+    if units == "intensity" and (low < -_DISPLAY_SLACK or high > 1 + _DISPLAY_SLACK):
+        raise ValueError(f"{name}: got display values of {low:g} to {high:g}, expected 0 (black) to 1 (white)")
 
 
 def _as_studies(images: Any) -> list[list[Any]]:
@@ -228,90 +248,6 @@ def _as_studies(images: Any) -> list[list[Any]]:
     if not images:
         raise ValueError("images: got an empty list, expected at least one image or study")
     return [list(each) if isinstance(each, (list, tuple)) else [each] for each in images]
-
-
-def _refuse_unknown(names: list[str]) -> None:
-    if names:
-        raise ValueError(f"unknown image processor settings {sorted(names)}, expected some of {list(_SETTINGS)}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """Check every setting and bring it into its JSON form."""
-    windows = settings["ct_windows"]
-    if not isinstance(windows, (list, tuple)) or len(windows) not in (1, 3):
-        raise ValueError(f"ct_windows: got {windows!r}, expected one or three [center, width] pairs in HU")
-    windows = [_numbers(f"ct_windows[{i}]", window, 2, "[center, width] in HU") for i, window in enumerate(windows)]
-    if any(width <= 0 for _, width in windows):
-        raise ValueError(f"ct_windows: got {windows!r}, expected every width above 0 HU")
-    std = _numbers("image_std", settings["image_std"], 3, "one number per channel")
-    if any(value <= 0 for value in std):
-        raise ValueError(f"image_std: got {std!r}, expected numbers above 0")
-    if settings["slice_selection"] not in SLICE_SELECTIONS:
-        raise ValueError(f"slice_selection: got {settings['slice_selection']!r}, expected one of {SLICE_SELECTIONS}")
-    num_slices, max_images = (_positive(key, settings[key]) for key in ("num_slices", "max_images"))
-    if num_slices > max_images:
-        raise ValueError(f"num_slices: got {num_slices}, expected at most max_images, which is {max_images}")
-    return {
-        "size": _checked_size(settings["size"]),
-        "resample": _checked_resample(settings["resample"]),
-        "image_mean": _numbers("image_mean", settings["image_mean"], 3, "one number per channel"),
-        "image_std": std,
-        "ct_windows": windows,
-        "cxr_window": _checked_percentiles(settings["cxr_window"]),
-        "slice_selection": settings["slice_selection"],
-        "num_slices": num_slices,
-        "max_images": max_images,
-    }
-
-
-def _checked_size(size: Any) -> dict[str, int]:
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    try:
-        size = dict(size)
-    except (TypeError, ValueError):
-        raise ValueError(f'size: got {size!r}, expected {{"height": int, "width": int}} or an int') from None
-    if set(size) != {"height", "width"}:
-        raise ValueError(f"size: got keys {sorted(size)}, expected height and width")
-    return {key: _positive(f"size[{key!r}]", size[key]) for key in ("height", "width")}
-
-
-def _checked_resample(resample: Any) -> int:
-    try:
-        return int(Image.Resampling(resample))
-    except ValueError:
-        names = {int(each): each.name.lower() for each in Image.Resampling}
-        raise ValueError(f"resample: got {resample!r}, expected one of {names}") from None
-
-
-def _checked_percentiles(percentiles: Any) -> list[float] | None:
-    if percentiles is None:
-        return None
-    low, high = _numbers("cxr_window", percentiles, 2, "[low, high] percentiles or None")
-    if not 0 <= low < high <= 100:
-        raise ValueError(f"cxr_window: got {[low, high]}, expected percentiles 0 <= low < high <= 100")
-    return [low, high]
-
-
-def _numbers(name: str, values: Any, length: int, meaning: str) -> list[float]:
-    """Return `values` as a list of finite floats of that length."""
-    listed = list(values) if isinstance(values, (list, tuple, np.ndarray)) else None
-    numeric = listed is not None and all(
-        isinstance(v, (int, float, np.number)) and not isinstance(v, bool) and np.isfinite(v) for v in listed
-    )
-    if not numeric or len(listed) != length:
-        raise ValueError(f"{name}: got {values!r}, expected {length} numbers, {meaning}")
-    return [float(v) for v in listed]
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
-    return value
 
 
 __all__ = ["M3FMImageProcessor"]

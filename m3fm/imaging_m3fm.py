@@ -5,51 +5,84 @@ Shapes: S slices (1 for a radiograph), H rows, W columns. No attribute of a `Che
 patient data; errors name the source as the caller gave it.
 """
 
-import gzip
+import contextlib
 import io
 import os
-import struct
-import warnings
-import zlib
+import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .chest_image_m3fm import (
-    MAX_VOXELS,
-    ChestImage,
-    bad_source,
-    check_voxels,
-    finished,
-    gray_from_uint8,
-    stretch,
-    without_nan,
-)
+from .arrays_m3fm import read_array
+from .chest_image_m3fm import MAX_VOXELS, ChestImage, bad_source
 from .dicom_m3fm import read_dicom
+from .dicom_tags_m3fm import is_dicom, quiet_pydicom
+from .nifti_m3fm import GZIP, is_half_pair, is_nifti, read_nifti, read_spatial
+from .raster_m3fm import raster_kind, read_pil, read_raster
 
-# Formats tried by PIL. Others (EPS, which starts Ghostscript, among them) are not for files of unknown origin.
-RASTER_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 DEFAULT_PERCENTILES = (0.5, 99.5)
 
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, the weights PIL uses
-_NIFTI_HEADER_BYTES = 352
+# A volume of the most voxels in 16 bits, with room for its header.
+MAX_FILE_BYTES = 2 * MAX_VOXELS + (1 << 24)
+
+_EXPECTED = "PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI expected"
+_HEAD = 1024
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:[a-z]+/")
+
+# What else people hand over: (what it looks like, where its mark is, the mark).
+_OTHERS = (
+    ("a PDF document", 0, b"%PDF"),
+    ("a PostScript document", 0, b"%!PS"),
+    ("a ZIP archive or Office document", 0, b"PK\x03\x04"),
+    ("a RAR archive", 0, b"Rar!"),
+    ("a 7-Zip archive", 0, b"7z\xbc\xaf\x27\x1c"),
+    ("a bzip2 archive", 0, b"BZh"),
+    ("an xz archive", 0, b"\xfd7zXZ\0"),
+    ("a Zstandard archive", 0, b"\x28\xb5\x2f\xfd"),
+    ("a tar archive", 257, b"ustar"),
+    ("a GIF image", 0, b"GIF8"),
+    ("a Photoshop file", 0, b"8BPS"),
+    ("an icon", 0, b"\0\0\x01\0"),
+    ("a JPEG XL image", 0, b"\xff\x0a"),
+    ("a JPEG XL image", 0, b"\0\0\0\x0cJXL "),
+    ("a HEIC image", 4, b"ftyphei"),
+    ("a HEIC image", 4, b"ftypmif1"),
+    ("an AVIF image", 4, b"ftypavi"),
+    ("a video", 4, b"ftyp"),
+    ("a video", 8, b"AVI "),
+    ("a video", 0, b"\x1aE\xdf\xa3"),
+    ("a video", 0, b"\0\0\x01\xba"),
+    ("an HDF5 or MINC file", 0, b"\x89HDF"),
+    ("a NumPy file: load it with numpy and give the array", 0, b"\x93NUMPY"),
+    ("an NRRD file: read it with SimpleITK and give the image", 0, b"NRRD"),
+    ("a MetaImage file: read it with SimpleITK and give the image", 0, b"ObjectType ="),
+    ("a Git LFS pointer, whose file was not fetched", 0, b"version https://git-lfs"),
+    ("a pickle, which is never opened", 0, b"\x80\x04\x95"),
+    ("a pickle, which is never opened", 0, b"\x80\x02}"),
+    ("a program", 0, b"\x7fELF"),
+    ("a program", 0, b"MZ"),
+)
 
 
 def read_image(source: Any, percentiles: tuple[float, float] | None = DEFAULT_PERCENTILES) -> ChestImage:
     """Read one image or volume, recognised by its content and not by its name.
 
-    Depth: 8-bit values are divided by 255. Values with no defined display range (16-bit and float rasters, integer
-    arrays, radiograph DICOM without window) are stretched from the given percentiles to 0..1. A float array or
-    raster that lies within 0..1 is kept as it is.
+    Values: 8 bits are divided by 255. Values with no defined display range (16-bit and float rasters, integer arrays,
+    radiograph DICOM without window) are stretched from the given percentiles to 0..1. Floats within 0..1 are kept.
+    Values below -200 are Hounsfield units. Colour becomes grey, over black where it is not opaque. What reading
+    assumed, turned or left out is said in `ChestImage.remarks`. A volume comes with `LazyPixels`.
 
     Args:
-        source: A path (PNG, JPEG, TIFF, BMP, WebP, DICOM, NIfTI), the bytes or an open binary file of one, a PIL
-            image, a numpy array or torch tensor, or a `ChestImage` (returned unchanged). Arrays: (H, W); (H, W, 3)
-            or (3, H, W) colour, uint8 or 0..1, also with a fourth channel of opacity; (S, H, W) outside 0..1 is a CT
-            volume in HU, and otherwise a stack ready for display; (H, W, 1) and (1, H, W) are (H, W). What could be
-            colour or a volume of three or four slices is refused: a `ChestImage` says which.
+        source: A path (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000, DICOM, NIfTI), the bytes or an open binary file of one
+            (read from its start), a `datasets.Image` value ({"bytes", "path"}), a PIL, nibabel, SimpleITK or pydicom
+            image, a numpy array, a torch tensor, what has `__array__`, or a `ChestImage` (returned unchanged).
+            Arrays: (H, W); (H, W, 3) or (3, H, W) colour, uint8 or 0..1, with a fourth channel of opacity or without;
+            (H, W, 1) and (1, H, W) are (H, W); other (S, H, W) are volumes, see `volume_of` for their values. What
+            could be colour or a volume of three or four slices is refused: a `ChestImage` says which.
         percentiles: Low and high percentile that become 0 and 1 where no display range is defined; None takes the
             minimum and maximum.
 
@@ -58,215 +91,174 @@ def read_image(source: Any, percentiles: tuple[float, float] | None = DEFAULT_PE
 
     Raises:
         ValueError: If the source cannot be read as a chest image; names the source and the reason.
-        ImportError: If a DICOM or NIfTI file is given and its optional reader is not installed.
+        ImportError: If a file is given whose optional reader is not installed.
     """
     if isinstance(source, ChestImage):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _read_encoded(_file_bytes(source), os.fspath(source), percentiles)
+        return _read_path(source, percentiles)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read_encoded(bytes(source), "<bytes>", percentiles)
     if isinstance(source, Image.Image):
-        return _read_pil(source, "<PIL image>", percentiles)
-    if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor, told without importing torch
-        tensor = source.detach().cpu()
-        source = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    if isinstance(source, np.ndarray):
-        return _read_array(source, f"<array {source.shape} {source.dtype}>", percentiles)
+        return read_pil(source, "<PIL image>", percentiles)
+    if isinstance(source, np.ndarray) or (hasattr(source, "detach") and hasattr(source, "cpu")):
+        return read_array(source, percentiles)
+    if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
+        return _read_value(source, percentiles)
     if hasattr(source, "read"):
-        data = source.read()
-        name = getattr(source, "name", None)
-        name = name if isinstance(name, str) else "<file object>"
-        if not isinstance(data, bytes):
-            raise bad_source(
-                name, f"got a file object that reads {type(data).__name__}, expected one opened in binary mode"
-            )
-        return _read_encoded(data, name, percentiles)
+        return _read_file(source, percentiles)
+    if (hasattr(source, "dataobj") and hasattr(source, "affine")) or _comes_from("SimpleITK.", source):
+        return read_spatial(source, percentiles)
+    if _comes_from("pydicom.", source):
+        return read_dicom(_dicom_bytes(source), "<DICOM data set>", percentiles)
+    if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
+        return read_array(source, percentiles)
+    several = " (a list is several images: read them one by one)" if isinstance(source, (list, tuple)) else ""
     raise ValueError(
         f"image of type {type(source).__name__}: expected a path, bytes, a binary file, a PIL image, "
-        "a numpy array, a torch tensor or a ChestImage"
+        f"a numpy array, a torch tensor or a ChestImage{several}"
     )
 
 
+def _comes_from(package: str, source: Any) -> bool:
+    """Tell an object of a library without importing it."""
+    return any(kind.__module__.startswith(package) for kind in type(source).__mro__)
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# Encoded files
+# From a source to the bytes of a file
 
 
-def _file_bytes(source: str | os.PathLike) -> bytes:
-    path = Path(source)
-    name = os.fspath(source)
-    if path.is_dir():
-        raise bad_source(name, "is a directory, expected an image file")
+def _read_path(source: str | os.PathLike, percentiles: tuple[float, float] | None) -> ChestImage:
+    name = os.fsdecode(source)
+    if _ADDRESS.match(name):
+        start = re.split(r"[?#,]", name, maxsplit=1)[0]  # the rest may be a signature, or an image as text
+        advice = "addresses are not downloaded: give the bytes that m3fm.download.download(url) returns"
+        raise bad_source(_short(re.sub(r"//[^/@]*@", "//", start)), advice)
+    path, name = Path(name), _short(name)
     try:
-        return path.read_bytes()
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise bad_source(name, "is a directory, expected an image file")
+        if not stat.S_ISREG(status.st_mode):
+            raise bad_source(name, "is no regular file, expected an image file")
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD)
+            if head[:2] == GZIP or is_nifti(head) or (is_half_pair(path) and not raster_kind(head)):
+                return read_nifti(path, name, percentiles)
+            _check_kind(head, name)
+            if status.st_size > MAX_FILE_BYTES:
+                raise bad_source(name, f"{status.st_size} bytes, expected at most {MAX_FILE_BYTES}")
+            stream.seek(0)
+            data = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise bad_source(name, "no such file (addresses are not downloaded)") from None
-    except (OSError, ValueError) as error:
-        raise bad_source(name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise bad_source(name, "no such file") from None
+    except OSError as error:
+        raise bad_source(name, f"cannot be read ({error.strerror or type(error).__name__})") from None
+    except ValueError as error:
+        if "null byte" in str(error) or "null character" in str(error):
+            raise bad_source(name.replace("\0", "?"), "is no path") from None
+        raise
+    return _read_encoded(data, name, percentiles)
+
+
+def _read_file(source: Any, percentiles: tuple[float, float] | None) -> ChestImage:
+    """Read an open file from its start, and leave it where it was."""
+    name = getattr(source, "name", None)
+    name = _short(name) if isinstance(name, str) else "<file object>"
+    if isinstance(source, io.TextIOBase):
+        raise bad_source(name, "got a file object that reads str, expected one opened in binary mode")
+    try:
+        position = source.tell() if source.seekable() else None
+    except (AttributeError, OSError, ValueError):
+        position = None
+    try:
+        if position:
+            source.seek(0)
+        data = source.read(MAX_FILE_BYTES + 1)
+        if position is not None:
+            source.seek(position)
+    except Exception as error:  # closed files, and whatever a user's own class raises
+        raise bad_source(name, f"cannot be read ({type(error).__name__})") from None
+    if hasattr(data, "close") and not isinstance(data, bytes):
+        data.close()  # a coroutine, of an asynchronous file
+    if not isinstance(data, (bytes, bytearray)):
+        reason = f"got a file object that reads {type(data).__name__}, expected one opened in binary mode"
+        raise bad_source(name, reason)
+    return _read_encoded(bytes(data), name, percentiles)
+
+
+def _read_value(source: Mapping[str, Any], percentiles: tuple[float, float] | None) -> ChestImage:
+    """Read a `datasets.Image` value that is not decoded: its bytes, or else its path."""
+    data, path = source.get("bytes"), source.get("path")
+    name = _short(os.fsdecode(path)) if isinstance(path, (str, os.PathLike)) and os.fspath(path) else "<bytes>"
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return _read_encoded(bytes(data), name, percentiles)
+    if data is None and name != "<bytes>":
+        return _read_path(path, percentiles)
+    raise ValueError('image as {"bytes", "path"}: expected bytes, or the path of a file')
+
+
+def _dicom_bytes(source: Any) -> bytes:
+    name, buffer = "<DICOM data set>", io.BytesIO()
+    with quiet_pydicom(name), contextlib.suppress(Exception):  # whose texts quote values
+        source.save_as(buffer)
+        return buffer.getvalue()
+    raise bad_source(
+        name, "cannot be written as a file (is its transfer syntax set?), expected one as read from a file"
+    )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 300 else f"{name[:120]}...{name[-60:]}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# By content
 
 
 def _read_encoded(data: bytes, name: str, percentiles: tuple[float, float] | None) -> ChestImage:
-    if not data:
-        raise bad_source(name, "empty file (0 bytes)")
-    if data[128:132] == b"DICM" or _is_bare_dicom(data, name):
+    if len(data) > MAX_FILE_BYTES:
+        raise bad_source(name, f"more than {MAX_FILE_BYTES} bytes")
+    head = data[:_HEAD]
+    if head[:2] == GZIP or is_nifti(head):
+        return read_nifti(data, name, percentiles)
+    kind = _check_kind(head, name)
+    if kind == "DICOM":
         return read_dicom(data, name, percentiles)
-    if data[:2] == b"\x1f\x8b" or _is_nifti(data):
-        return _read_nifti(data, name)
-    return _read_raster(data, name, percentiles)
+    return read_raster(data, name, kind, percentiles)
 
 
-def _is_bare_dicom(data: bytes, name: str) -> bool:
-    """Recognise a data set without the 128-byte preamble: it starts with an element of group 0002 or 0008."""
-    starts = data[:2] in (b"\x02\x00", b"\x08\x00")
-    return starts and (name.lower().endswith((".dcm", ".dicom")) or (data[3:4] == b"\x00" and data[4:6].isalpha()))
+def _check_kind(head: bytes, name: str) -> str:
+    """Return "DICOM" or a raster format; refuse what is neither, and say what it looks like."""
+    if not head:
+        raise bad_source(name, "empty file (0 bytes)")
+    if is_dicom(head):
+        return "DICOM"
+    kind = raster_kind(head)
+    if kind is None:
+        raise bad_source(name, f"not a readable image: {_looks_like(head)} ({_EXPECTED})")
+    return kind
 
 
-def _is_nifti(data: bytes) -> bool:
-    return data[344:348] in (b"n+1\0", b"ni1\0") or data[4:8] in (b"n+2\0", b"ni2\0")
-
-
-def _read_raster(data: bytes, name: str, percentiles: tuple[float, float] | None) -> ChestImage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on damaged metadata, which may quote it
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(data), formats=RASTER_FORMATS)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise bad_source(name, f"too many pixels, expected at most {Image.MAX_IMAGE_PIXELS}") from None
-        except Exception as error:  # PIL's parsers raise many kinds on damaged files
-            reason = "not a readable image (PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI expected)"
-            raise bad_source(name, reason) from error
-        try:
-            pages = getattr(image, "n_frames", 1)
-            image.load()
-        except Exception as error:
-            raise bad_source(name, "truncated or damaged image") from error
-        if pages > 1 and image.format != "MPO":  # MPO: a JPEG with previews behind the picture
-            raise bad_source(name, f"holds {pages} pages, expected a single image")
-        return _read_pil(image, name, percentiles)
-
-
-def _read_pil(image: Image.Image, name: str, percentiles: tuple[float, float] | None) -> ChestImage:
+def _looks_like(head: bytes) -> str:
+    found = next((what for what, at, mark in _OTHERS if head[at : at + len(mark)] == mark), None)
+    if found:
+        return f"looks like {found}"
+    if not head.strip(b"\0"):
+        return "begins with nothing but zeros"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "looks like a web page (HTML), as downloads that need a login return"
+    if start.startswith(b"<svg") or b"<svg" in start[:300]:
+        return "looks like a vector drawing (SVG)"
+    if start.startswith(b"<"):
+        return "looks like XML"
     try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # PIL images load lazily: a damaged file shows only here
-        raise bad_source(name, "truncated or damaged image") from error
-    if 0 in image.size:
-        raise bad_source(name, f"image of size {image.size}, expected at least one pixel")
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _read_array(np.asarray(image), name, percentiles)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    if image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")  # palette, CMYK, YCbCr...: through RGB, so that "L" below is luma
-    return _read_array(np.asarray(image.convert("L")), name, percentiles)
+        text = head[: len(head) - 4 if len(head) == _HEAD else None].decode("utf-8")
+    except UnicodeDecodeError:
+        return "of no known format"
+    return "looks like text" if all(c.isprintable() or c in "\r\n\t" for c in text) else "of no known format"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Arrays
-
-
-def _read_array(array: np.ndarray, name: str, percentiles: tuple[float, float] | None) -> ChestImage:
-    if array.dtype.kind not in "uif":
-        raise bad_source(name, f"got {array.dtype} values, expected integers or floats")
-    if array.ndim not in (2, 3):
-        raise bad_source(name, f"got {array.ndim} dimensions, expected (H, W), (H, W, 3), (3, H, W) or (S, H, W)")
-    if array.size == 0:
-        raise bad_source(name, f"image of size {array.shape}, expected at least one pixel")
-    array = without_nan(array, name)
-    if array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
-        array = array[0] if array.shape[0] == 1 else array[..., 0]
-    if array.dtype == np.uint8:
-        gray = gray_from_uint8(array)
-        return finished(name, (gray if gray.ndim == 3 else gray[None]).astype(np.float32) / np.float32(255))
-    display_ready = array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1
-    if array.ndim == 2:
-        pixels = array.astype(np.float32) if display_ready else _stretch_checked(array, percentiles, name)
-        return finished(name, pixels[None])
-    if display_ready:
-        return finished(name, _gray_float(array.astype(np.float32)))
-    if array.shape[-1] in (3, 4) or array.shape[0] in (3, 4):
-        raise bad_source(
-            name,
-            "ambiguous: expected colour as uint8 or floats in 0..1, not normalised; or a volume as (S, H, W) in HU, "
-            "one of 3 or 4 slices as a ChestImage",
-        )
-    return finished(name, array, modality="ct", units="hu")
-
-
-def _stretch_checked(array: np.ndarray, percentiles: tuple[float, float] | None, name: str) -> np.ndarray:
-    if array.min() == array.max():
-        raise bad_source(name, "blank image: every pixel has the same value")
-    return stretch(array, percentiles)
-
-
-def _gray_float(array: np.ndarray) -> np.ndarray:
-    """Turn colour in 0..1, channels first or last, into (1, H, W) over black; leave a stack (S, H, W) as it is."""
-    if array.shape[-1] not in (3, 4):
-        if array.shape[0] not in (3, 4):
-            return array
-        array = np.moveaxis(array, 0, -1)
-    gray = array[..., :3] @ _LUMA
-    return (gray * array[..., 3] if array.shape[-1] == 4 else gray)[None]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# NIfTI
-
-
-def _read_nifti(data: bytes, name: str) -> ChestImage:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ImportError(f"{name}: reading NIfTI needs nibabel: pip install m3fm[medical]") from error
-    if data[:2] == b"\x1f\x8b":
-        data = _gunzip_nifti(data, name)
-    if data[344:348] == b"ni1\0" or data[4:8] == b"ni2\0":
-        raise bad_source(name, "NIfTI header without its image (.hdr/.img pair), expected a single .nii file")
-    kind = nibabel.Nifti2Image if data[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    try:
-        header = kind.header_class.from_fileobj(io.BytesIO(data))
-        shape = tuple(int(n) for n in header.get_data_shape())
-        dtype = header.get_data_dtype()
-    except Exception as error:
-        raise bad_source(name, "damaged NIfTI header") from error
-    _check_nifti(name, shape, dtype)
-    try:
-        image = kind.from_bytes(data)
-        values = image.get_fdata(dtype=np.float32, caching="unchanged").reshape((*shape, 1, 1)[:3])
-        volume = nibabel.as_closest_canonical(kind(values, image.affine)).get_fdata(dtype=np.float32)
-    except Exception as error:
-        raise bad_source(name, "truncated or damaged NIfTI file") from error
-    # RAS axes grow to the right, to anterior and to superior. Display: rows from
-    # anterior down, columns from the patient's right (which is shown on the left), slices from inferior up.
-    return finished(name, without_nan(volume[::-1, ::-1].transpose(2, 1, 0), name), modality="ct", units="hu")
-
-
-def _check_nifti(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    if len(shape) < 2 or any(n > 1 for n in shape[3:]):
-        raise bad_source(name, f"NIfTI with {len(shape)} dimensions {shape}, expected a 2-D image or one 3-D volume")
-    if 0 in shape:
-        raise bad_source(name, f"image of size {shape}, expected at least one pixel")
-    if dtype.kind not in "uif":
-        raise bad_source(name, f"NIfTI with {dtype} values, expected integers or floats in HU")
-    check_voxels(name, *shape)
-
-
-def _gunzip_nifti(data: bytes, name: str) -> bytes:
-    """Decompress no more than a volume of `MAX_VOXELS` 16-bit values can need."""
-    limit = 2 * MAX_VOXELS + (1 << 20)
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            head = stream.read(_NIFTI_HEADER_BYTES)
-            if not _is_nifti(head):
-                raise bad_source(name, "gzip file that holds no NIfTI volume")
-            body = stream.read(limit)
-    except (EOFError, OSError, struct.error, zlib.error) as error:
-        raise bad_source(name, "truncated or damaged gzip file") from error
-    if len(body) == limit:
-        raise bad_source(name, f"decompresses to more than {limit} bytes")
-    return head + body
-
-
-__all__ = ["DEFAULT_PERCENTILES", "ChestImage", "read_image"]
+__all__ = ["DEFAULT_PERCENTILES", "MAX_FILE_BYTES", "ChestImage", "read_image"]
