@@ -17,7 +17,8 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 2, 130, 141
 _EXIT_CODES = """\
 exit codes:
   0    all went well
-  2    a file could not be read (the others are still reported), or an option, a model or a recipe is wrong
+  2    a study could not be read or was refused (the others are still reported), or an option, a model or a recipe is
+       wrong
   130  interrupted by Ctrl-C; what was finished is written
   141  the program that read the output went away
 """
@@ -41,7 +42,9 @@ examples:
 _REPORT = """\
 Write reports for chest images: PNG, JPEG, TIFF, BMP, WebP, and with m3fm[medical] DICOM and NIfTI.
 
-Each FILE is one study. Files never leave the machine, and nothing of a DICOM header but its modality is printed.
+A FILE is one study. In a folder the DICOM files of one study are a study, be they views or the slices of a CT, and
+every other image is one; a folder with metadata.jsonl, a CSV or a JSONL file lists its studies. Files never leave the
+machine, and nothing of a DICOM header but modality and view is printed. What is plainly not a chest gets no report.
 """
 
 _REPORT_EPILOG = f"""\
@@ -50,15 +53,20 @@ examples:
       one report in English, to read
   m3fm report chest.dcm --language zh --output report.txt
       one in Chinese, into a file
-  m3fm report scans/*.dcm --language both --format jsonl --output reports.jsonl
-      a line for each file as soon as its batch is written
+  m3fm report scans/ --language both --format jsonl --output reports.jsonl --num-workers 2
+      a line for each study of a folder as soon as its batch is written; a run that was stopped goes on
+  m3fm report studies.csv --format jsonl --output reports.jsonl
+      the studies of a list: a column image, file_name or path, and study_id for those of several images
+  m3fm report --download https://example.org/chest.dcm
+      from the web, over https, and only when asked to
 
 output fields (json: one list; jsonl: one object a line; UTF-8):
-  source       the file, as given
-  modality     "cxr", "ct", or null where the file does not tell
+  source       the file as given, or its path in the folder or list
+  modality     "cxr", "ct", or null where neither the file tells nor the image shows it
   report_en    the English report, if asked for
   report_zh    the Chinese report, if asked for
-  error        instead of the last three: why the file could not be read
+  input_check  what was seen of the images: "verdict" is ok, suspect or refused; "findings" say why
+  error        instead of modality and reports: why the study could not be read or was refused
 
 Errors, the progress bar and the notice go to stderr.
 
@@ -275,16 +283,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a chest X-ray, a CT slice or a CT volume")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE|FOLDER", help="X-rays, CT slices or volumes, folders or lists of them"
+    )
     parser.add_argument("--language", default="en", metavar="en|zh|both", help="of the reports (default: en)")
     parser.add_argument("--format", choices=("text", "json", "jsonl"), default="text", help="default: text")
-    parser.add_argument("--output", metavar="FILE", help="write there and not to the screen; replaces the file")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write there and not to the screen; jsonl goes on if stopped, others replace"
+    )
+    parser.add_argument("--download", action="store_true", help="the files are https addresses: fetch them first")
+    _add_reading(parser)
     _add_model(parser)
     _add_decoding(parser, batch_size=8)
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE|FOLDER", help="images, or one folder of them")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE|FOLDER", help="X-rays, CT slices or volumes, folders or lists of them"
+    )
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -295,6 +311,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report-language", metavar="CODE", help="read the report that the model writes too")
     parser.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
     parser.add_argument("--output", metavar="FILE", help="write there and not to the screen; goes on if stopped")
+    _add_reading(parser)
     _add_model(parser)
     _add_running(parser, batch_size=8)
 
@@ -385,6 +402,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder (default: the one inside the package)")
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-suspect",
+        choices=("refuse", "warn"),
+        default="refuse",
+        help="what to do with images that are plainly not a chest (default: refuse)",
+    )
+    parser.add_argument(
+        "--num-workers", type=_number, default=0, metavar="N", help="processes that read ahead (default: 0)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin the output anew, also if it can go on")
+
+
 def _add_running(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--batch-size", type=_count, default=batch_size, metavar="N", help=f"studies at once (default: {batch_size})"
@@ -407,4 +437,10 @@ def _shots(text: str) -> int | str:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)

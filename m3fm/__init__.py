@@ -27,6 +27,7 @@ from .image_processing_m3fm import M3FMImageProcessor
 from .modeling_m3fm import M3FMForImageClassification, M3FMForReportGeneration, M3FMModel
 from .pipeline_m3fm import M3FMReportPipeline
 from .processing_m3fm import M3FMProcessor
+from .study_pipeline_m3fm import RefusedInput
 
 __version__ = "0.1.0"
 
@@ -77,5 +78,6 @@ __all__ = [
     "M3FMModel",
     "M3FMProcessor",
     "M3FMReportPipeline",
+    "RefusedInput",
     "__version__",
 ]

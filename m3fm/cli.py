@@ -3,71 +3,70 @@
 
 import contextlib
 import itertools
-import json
 import sys
+import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from m3fm_cli import EXIT_ERROR, NOTICE
 
-from . import DEFAULT_CHECKPOINT, M3FMReportPipeline
+from . import DEFAULT_CHECKPOINT
 from .evaluation.reporter import checkpoint_folder
-
-# The name of a language in that language; one not named here goes by its code.
-LANGUAGE_NAMES = {"en": "English", "zh": "中文"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # m3fm report
 
 
 def report(args: Namespace) -> int:
-    """Writes reports for files as they come out of the model, and lists those that cannot be read."""
+    """Writes reports as they come out of the model, and lists the studies that cannot be read or are refused."""
+    from .batch.report import report_files
+
     _quieten_transformers()
-    output = _checked_output(args.output, args.files)
-    reporter = _load_pipeline(_checked_model(args.model), _checked_device(args.device))
-    given = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    rows = reporter(
-        iter(args.files),
-        language=args.language,
-        batch_size=args.batch_size,
-        on_error="row",
-        generate_kwargs={key: value for key, value in given.items() if value is not None},
-    )
-    sys.stderr.write(f"{NOTICE}\n")
-    unread = 0
     with contextlib.ExitStack() as stack:
-        # Opened only now, so that a wrong option does not cost the file of an earlier run.
-        stream = sys.stdout if output is None else stack.enter_context(_open_output(output))
-        write = stack.enter_context(FORMATS[args.format](stream))
-        for source, row in _with_progress(args.files, rows):
-            if "error" in row:
-                unread += 1
-                row["error"] = row["error"].removeprefix(f"{source}: ")
-                sys.stderr.write(f"error: {source}: {row['error']}\n")
-            write({"source": source, **row})
-            stream.flush()
-    if output is not None:
-        sys.stderr.write(f"{len(args.files) - unread} of {len(args.files)} files reported in {output}\n")
-    return EXIT_ERROR if unread else 0
-
-
-def _load_pipeline(model: Path, device: torch.device) -> M3FMReportPipeline:
-    # Half precision, which checkpoints are stored in, is slow and less exact on CPUs.
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        # The class is named for folders that bring code of their own: the installed code runs.
-        return transformers.pipeline(
-            M3FMReportPipeline.task, str(model), device=device, dtype=dtype, pipeline_class=M3FMReportPipeline
+        files = stack.enter_context(_downloaded(args.files)) if args.download else args.files
+        sys.stderr.write(f"{NOTICE}\n")
+        counts = report_files(
+            files,
+            language=args.language,
+            output=args.output,
+            format=args.format,
+            model=_checked_model(args.model),
+            device=_checked_device(args.device),
+            num_beams=args.num_beams,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            on_suspect=args.on_suspect,
+            resume=not args.overwrite,
+            on_unread=lambda source, error: sys.stderr.write(f"error: {source}: {error}\n"),
         )
-    except Exception as error:  # damaged weights and settings raise many kinds
-        raise ValueError(f"{model}: the model cannot be loaded: {error}") from error
+    if args.output is not None:
+        told = counts["studies"] - counts["errors"]
+        resumed = f", {counts['resumed']} of them by an earlier run" if counts["resumed"] else ""
+        sys.stderr.write(f"{told} of {counts['studies']} studies reported in {args.output}{resumed}\n")
+    return EXIT_ERROR if counts["errors"] else 0
+
+
+@contextlib.contextmanager
+def _downloaded(addresses: list[str]) -> Iterator[str]:
+    """Gives a folder with what lies at the addresses; it is there no longer than it is needed."""
+    from .download import download
+
+    with tempfile.TemporaryDirectory(prefix="m3fm-") as folder:
+        for number, address in enumerate(addresses):
+            name = Path(urlsplit(address).path).name or "image"
+            place = Path(folder) / name
+            if place.exists():
+                place = place.with_name(f"{number}-{name}")
+            place.write_bytes(download(address))
+        yield folder
 
 
 def _quieten_transformers() -> None:
@@ -76,58 +75,6 @@ def _quieten_transformers() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
-
-def _with_progress(files: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    hidden = len(files) < 2 or not sys.stderr.isatty()
-    with tqdm(total=len(files), unit="file", disable=hidden) as bar:
-        for source, row in zip(files, rows, strict=True):
-            with contextlib.nullcontext() if hidden else tqdm.external_write_mode(sys.stderr):
-                yield source, row
-            bar.update()
-
-
-# Each of the three takes a stream and gives a function that writes one row; what it opens it also closes, so that an
-# interrupted list is still JSON.
-
-
-@contextlib.contextmanager
-def _write_text(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
-    def write(row: dict[str, Any]) -> None:
-        if "error" in row:
-            return
-        modality = f" ({row['modality']})" if row["modality"] else ""
-        lines = [f"{row['source']}{modality}"]
-        for name, text in row.items():
-            if name.startswith("report_"):
-                code = name.removeprefix("report_")
-                lines += [f"  {LANGUAGE_NAMES.get(code, code)}", *(f"    {line}" for line in text.splitlines())]
-        stream.write("\n".join(lines) + "\n\n")
-
-    yield write
-
-
-@contextlib.contextmanager
-def _write_jsonl(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
-    yield lambda row: stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _write_json(stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
-    separator = ""
-
-    def write(row: dict[str, Any]) -> None:
-        nonlocal separator
-        stream.write(f"{separator}\n  {json.dumps(row, ensure_ascii=False)}")
-        separator = ","
-
-    stream.write("[")
-    try:
-        yield write
-    finally:
-        stream.write("\n]\n")
-
-
-FORMATS = {"text": _write_text, "json": _write_json, "jsonl": _write_jsonl}
 
 # --------------------------------------------------------------------------------------------------------------------
 # m3fm diagnose, calibrate, explain
@@ -149,6 +96,9 @@ def diagnose(args: Namespace) -> int:
         report_language=args.report_language,
         exclusive=args.exclusive,
         batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        on_suspect=args.on_suspect,
+        resume=not args.overwrite,
     )
     if args.output is not None:
         read = counts["studies"] - counts["errors"]
@@ -370,18 +320,3 @@ def _checked_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def _checked_output(output: str | None, files: list[str]) -> Path | None:
-    if output is None:
-        return None
-    path = Path(output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"--output {output}: expected a file in a folder that exists.")
-    if path.resolve() in {Path(file).resolve() for file in files}:
-        raise ValueError(f"--output {output}: would replace an image that is to be read.")
-    return path
-
-
-def _open_output(path: Path) -> TextIO:
-    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -182,8 +182,8 @@ def decode_stream(
 
 def _imagecodecs() -> Any:
     """Return the module imagecodecs, or None where it is not installed."""
-    with suppress(ImportError):
+    try:
         import imagecodecs
-
-        return imagecodecs
-    return None
+    except ImportError:
+        return None
+    return imagecodecs

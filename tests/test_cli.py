@@ -17,6 +17,7 @@ from PIL import Image
 from m3fm import M3FMReportPipeline, cli
 from m3fm.hub import export_remote_code
 from m3fm_cli import NOTICE, main
+from tests.phantoms import ct_volume, radiograph_pixels
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--max-new-tokens", "6"]
@@ -32,9 +33,17 @@ def _settings_of_transformers() -> Iterator[None]:
 @pytest.fixture
 def image(tmp_path) -> Path:
     path = tmp_path / "chest 肺.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 30), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(radiograph_pixels()).save(path)
     return path
+
+
+@pytest.fixture
+def others(tmp_path) -> list[Path]:
+    """Two more files, each another image."""
+    paths = [tmp_path / "second.png", tmp_path / "third.png"]
+    for seed, path in enumerate(paths, start=1):
+        Image.fromarray(radiograph_pixels(seed)).save(path)
+    return paths
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def test_json_is_what_the_pipeline_gives(report, image, tiny_checkpoint):
     expected = write(str(image), language="both", generate_kwargs={"max_new_tokens": 6})
     assert code == 0
     assert json.loads(out) == [{"source": str(image), **expected}]
-    assert list(json.loads(out)[0]) == ["source", "modality", "report_en", "report_zh"]
+    assert list(json.loads(out)[0]) == ["source", "modality", "report_en", "report_zh", "input_check"]
     assert err == f"{NOTICE}\n"
     assert "肺" in out  # text, not escapes
 
@@ -72,8 +81,8 @@ def test_json_is_what_the_pipeline_gives(report, image, tiny_checkpoint):
 def test_text_has_a_block_for_each_file(report, image, tmp_path):
     volume = tmp_path / "ct.nii"
     nibabel = pytest.importorskip("nibabel")
-    values = np.random.default_rng(0).integers(-1000, 400, (20, 22, 6)).astype(np.int16)
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), volume)
+    affine = np.diag([-8.0, -8.0, 10.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(ct_volume().transpose(2, 1, 0), affine), volume)
     code, out, err = report(image, volume, "--language", "both")
     blocks = out.removesuffix("\n\n").split("\n\n")
     assert code == 0
@@ -82,25 +91,29 @@ def test_text_has_a_block_for_each_file(report, image, tmp_path):
     assert err == f"{NOTICE}\n"
 
 
-def test_each_format_and_batch_size_tells_the_same(report, image, tmp_path):
-    files = [image, tmp_path / "absent.png", image, image]
+def test_each_format_and_batch_size_tells_the_same(report, image, others, tmp_path):
+    files = [image, tmp_path / "absent.png", *others]
     _, out, _ = report(*files, "--format", "json")
     rows = json.loads(out)
     _, out, _ = report(*files, "--format", "jsonl", "--batch-size", "1")
     assert [json.loads(line) for line in out.splitlines()] == rows
     assert [row["source"] for row in rows] == [str(file) for file in files]
-    assert rows[1] == {"source": str(files[1]), "error": "no such file (addresses are not downloaded)"}
+    assert rows[1] == {"source": str(files[1]), "error": "no such file"}
 
 
 def test_output_file(report, image, tmp_path):
     output = tmp_path / "reports.jsonl"
     output.write_text("old\n" * 100, encoding="utf-8")
-    code, out, err = report(image, "--language", "zh", "--format", "jsonl", "--output", output)
+    words = [image, "--language", "zh", "--format", "jsonl", "--output", output]
+    code, _, err = report(*words)
+    assert code == 2 and f"error: {output} exists" in err
+    assert output.read_text(encoding="utf-8") == "old\n" * 100
+    code, out, err = report(*words, "--overwrite")
     assert (code, out) == (0, "")
     assert [set(json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()] == [
-        {"source", "modality", "report_zh"}
+        {"source", "modality", "report_zh", "input_check"}
     ]
-    assert f"1 of 1 files reported in {output}" in err
+    assert f"1 of 1 studies reported in {output}" in err
 
 
 def test_wrong_options_keep_the_earlier_output(report, image, tmp_path):
@@ -108,7 +121,7 @@ def test_wrong_options_keep_the_earlier_output(report, image, tmp_path):
     output.write_text("mine", encoding="utf-8")
     code, _, err = report(image, "--language", "fr", "--output", output)
     assert code == 2
-    assert err == "error: Unsupported language ['fr']: expected one of ['en', 'zh', 'both'].\n"
+    assert err == f"{NOTICE}\nerror: Unsupported language ['fr']: expected one of ['en', 'zh', 'both'].\n"
     assert output.read_text(encoding="utf-8") == "mine"
     assert report(image, "--output", image)[0] == 2
     assert report(image, "--output", tmp_path)[0] == 2
@@ -120,10 +133,9 @@ def test_wrong_options_keep_the_earlier_output(report, image, tmp_path):
 
 def bad_files(folder: Path) -> dict[str, str]:
     """Makes one file of each bad kind, and returns what has to be said of it."""
-    good = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    good = Image.fromarray(radiograph_pixels())
     good.save(folder / "whole.png")
     whole = (folder / "whole.png").read_bytes()
-    (folder / "folder.png").mkdir()
     (folder / "empty.png").write_bytes(b"")
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (folder / "text.png").write_text("The lungs are clear.", encoding="utf-8")
@@ -131,11 +143,10 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "half.nii.gz").write_bytes(b"\x1f\x8b\x08\x00")
     return {
         "absent.png": "no such file",
-        "folder.png": "is a directory",
         "empty.png": "empty file (0 bytes)",
-        "truncated.png": "truncated or damaged image",
+        "truncated.png": "truncated or damaged PNG file",
         "text.png": "not a readable image",
-        "constant.png": "blank image: every pixel has the same value",
+        "constant.png": "there is nothing to see",
         "half.nii.gz": "nibabel" if not _installed("nibabel") else "truncated or damaged gzip file",
     }
 
@@ -151,10 +162,10 @@ def _installed(package: str) -> bool:
 def test_bad_files_are_named_with_the_reason_and_the_good_reported(report, image, tmp_path):
     reasons = bad_files(tmp_path)
     files = [str(tmp_path / name) for name in reasons]
-    code, out, err = report(image, *files, image, "--format", "json", "--batch-size", "3")
+    code, out, err = report(image, *files, "--format", "json", "--batch-size", "3")
     rows = {row["source"]: row for row in json.loads(out)}
     assert code == 2
-    assert set(rows[str(image)]) == {"source", "modality", "report_en"}
+    assert set(rows[str(image)]) == {"source", "modality", "report_en", "input_check"}
     for file, reason in zip(files, reasons.values(), strict=True):
         assert reason in rows[file]["error"]
         assert f"error: {file}: {rows[file]['error']}\n" in err
@@ -173,11 +184,11 @@ def test_dicom_without_pixels_and_no_patient_in_any_output(report, tmp_path):
     data.file_meta = pydicom.dataset.FileMetaDataset()
     data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     data.save_as(tmp_path / "report.dcm", enforce_file_format=True)
-    data.Rows = data.Columns = 32
+    data.Rows, data.Columns = 96, 80
     data.BitsAllocated = data.BitsStored = 8
     data.HighBit, data.SamplesPerPixel, data.PixelRepresentation = 7, 1, 0
     data.PhotometricInterpretation = "MONOCHROME2"
-    data.PixelData = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8).tobytes()
+    data.PixelData = radiograph_pixels().tobytes()
     data.save_as(tmp_path / "image.dcm", enforce_file_format=True)
     code, out, err = report(tmp_path / "report.dcm", tmp_path / "image.dcm", "--format", "json")
     bad, good = json.loads(out)
@@ -199,13 +210,13 @@ def test_wrong_model_folder(model, reason, image, tmp_path, capsys):
         '{"model_type": "m3fm", "projection_dim": "x"}', encoding="utf-8"
     )
     assert main(["report", str(image), "--model", str(tmp_path / model)]) == 2
-    err = capsys.readouterr().err
+    err = capsys.readouterr().err.removeprefix(f"{NOTICE}\n")
     assert err.startswith(f"error: {tmp_path / model}") and reason in err
 
 
 def test_wrong_device(report, image):
     code, _, err = report(image, "--device", "abacus")
-    assert code == 2 and err.startswith("error: --device 'abacus' cannot be used here")
+    assert code == 2 and err.startswith(f"{NOTICE}\nerror: --device 'abacus' cannot be used here")
 
 
 def test_traceback_on_request(image, tmp_path):
@@ -222,22 +233,23 @@ def test_traceback_may_follow_the_command(image, tmp_path):
         main(["--traceback", "train", "absent"])
 
 
-def test_interrupted_list_is_json_with_what_was_finished(report, image, monkeypatch):
-    def stopped(self: M3FMReportPipeline, files: Iterator[str], **settings: object) -> Iterator[dict]:
-        yield {"modality": None, "report_en": f"of {next(files)}"}
-        raise KeyboardInterrupt
+def test_interrupted_list_is_json_with_what_was_finished(report, image, others, monkeypatch):
+    def stopped(self: M3FMReportPipeline, files: Iterator[Path], **settings: object) -> Iterator[dict]:
+        for file in files:
+            yield {"modality": None, "report_en": f"of {file}"}
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(M3FMReportPipeline, "__call__", stopped)
-    code, out, err = report(image, image, "--format", "json")
+    code, out, err = report(image, *others, "--format", "json")
     assert code == 130
     assert json.loads(out) == [{"source": str(image), "modality": None, "report_en": f"of {image}"}]
     assert err.endswith("interrupted\n")
 
 
-def test_progress_bar_only_for_several_files_on_a_terminal(report, image, monkeypatch):
-    assert "file" not in report(image, image)[2].removeprefix(NOTICE)
+def test_progress_bar_only_for_several_files_on_a_terminal(report, image, others, monkeypatch):
+    assert "study" not in report(image, *others)[2].removeprefix(NOTICE)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert "2/2" in report(image, image)[2]
+    assert "3/3" in report(image, *others)[2]
     assert "1/1" not in report(image)[2]
 
 
@@ -255,16 +267,15 @@ def test_whole_command_in_a_process_of_its_own(tiny_checkpoint, image, tmp_path)
     out, err = process.communicate(timeout=120)
     good, bad = (json.loads(line) for line in out.decode().splitlines())
     assert process.returncode == 2
-    assert set(good) == {"source", "modality", "report_zh"} and set(bad) == {"source", "error"}
+    assert set(good) == {"source", "modality", "report_zh", "input_check"} and set(bad) == {"source", "error"}
     # Nothing of transformers' own chatter.
     assert err.decode().splitlines() == [NOTICE, f"error: {tmp_path / 'absent.png'}: {bad['error']}"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
-def test_reader_that_goes_away_is_no_error(tiny_checkpoint, image):
-    process = spawn(
-        "report", image, image, "--batch-size", 1, *SHORT, "--model", tiny_checkpoint, stdout=subprocess.PIPE
-    )
+def test_reader_that_goes_away_is_no_error(tiny_checkpoint, image, others):
+    words = ["report", image, *others, "--batch-size", 1, *SHORT, "--model", tiny_checkpoint]
+    process = spawn(*words, stdout=subprocess.PIPE)
     process.stdout.close()
     err = process.stderr.read().decode()
     process.stderr.close()
@@ -303,7 +314,9 @@ def test_help_of_report_names_fields_and_purpose(capsys):
         main(["report", "--help"])
     text = capsys.readouterr().out
     assert NOTICE in text
-    assert all(f"\n  {field} " in text for field in ("source", "modality", "report_en", "report_zh", "error"))
+    assert all(
+        f"\n  {field} " in text for field in ("source", "modality", "report_en", "report_zh", "input_check", "error")
+    )
 
 
 @pytest.mark.parametrize(
@@ -459,7 +472,9 @@ def test_half_precision_checkpoint_is_computed_in_full(report, image, tiny_check
     tiny_model.half().save_pretrained(tiny_checkpoint)
     seen = []
     monkeypatch.setattr(
-        M3FMReportPipeline, "postprocess", lambda self, _: seen.append(self.model.dtype) or [{"modality": None}]
+        M3FMReportPipeline,
+        "postprocess",
+        lambda self, _, answer_params: seen.append(self.model.dtype) or [{"modality": None}],
     )
     assert report(image)[0] == 0
     assert seen == [torch.float32]

@@ -20,6 +20,7 @@ from m3fm.diagnosis_m3fm import label_phrases, mean_phrases, zero_shot_logits
 from m3fm.diagnosis_pipeline_m3fm import M3FMDiagnosisPipeline
 from m3fm.evaluation.probes import ZeroShot
 from m3fm.hub import export_remote_code
+from tests.phantoms import radiograph_pixels
 
 LABELS = ["tuberculosis", "normal", "pneumonia"]
 CHINESE = ["肺结核", "正常", "肺炎"]
@@ -52,10 +53,9 @@ print(json.dumps(answers))
 
 @pytest.fixture
 def images(tmp_path) -> list[str]:
-    random = np.random.default_rng(0)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for path in paths:
-        Image.fromarray(random.integers(0, 255, (40, 30), dtype=np.uint8)).save(path)
+    for seed, path in enumerate(paths):
+        Image.fromarray(radiograph_pixels(seed)).save(path)
     return [str(path) for path in paths]
 
 
@@ -79,7 +79,7 @@ def scores(row) -> dict[str, float]:
 
 def test_one_study_gives_a_dict_with_the_most_probable_first(diagnose, images):
     row = diagnose(images[0], candidate_labels=LABELS)
-    assert list(row) == ["modality", "labels"]
+    assert list(row) == ["modality", "labels", "input_check"]
     assert {answer["label"] for answer in row["labels"]} == set(LABELS)
     found = [answer["score"] for answer in row["labels"]]
     assert found == sorted(found, reverse=True)
@@ -149,7 +149,7 @@ def test_calibrated_labels_are_the_default(calibrated, images):
 
 def test_the_report_may_have_a_say(calibrated, images):
     row = calibrated(images[0], candidate_labels=["TB"], report_language="zh")
-    assert list(row) == ["modality", "report_zh", "labels"]
+    assert list(row) == ["modality", "report_zh", "labels", "input_check"]
     assert not row["labels"][0]["calibrated"]
     calibrated.model.config.diagnosis_report_weight = 0.0
     unheard = calibrated(images[0], candidate_labels=["TB"], report_language="zh")
@@ -191,7 +191,7 @@ def test_lists_streams_studies_and_batches(diagnose, images):
 
 def test_unreadable_studies_keep_their_place(diagnose, images):
     rows = diagnose(["absent.png", images[0], []], candidate_labels=["TB"], on_error="row", batch_size=3)
-    assert [set(row) for row in rows] == [{"error"}, {"modality", "labels"}, {"error"}]
+    assert [set(row) for row in rows] == [{"error"}, {"modality", "labels", "input_check"}, {"error"}]
     assert "absent.png: no such file" in rows[0]["error"]
     with pytest.raises(ValueError, match=r"absent\.png: no such file"):
         diagnose([images[0], "absent.png"], candidate_labels=["TB"])
@@ -225,7 +225,7 @@ def test_arguments_of_the_construction_are_the_defaults_of_calls(tiny_checkpoint
         batch_size=2,
     )
     rows = diagnose([*images, "absent.png"])
-    assert [set(row) for row in rows] == [{"modality", "labels"}] * 3 + [{"error"}]
+    assert [set(row) for row in rows] == [{"modality", "labels", "input_check"}] * 3 + [{"error"}]
     assert list(scores(diagnose(images[0], candidate_labels=["normal"]))) == ["normal"]
     with pytest.raises(ValueError, match="'fever' is not a known label"):
         pipeline("m3fm-diagnosis", model=str(tiny_checkpoint), candidate_labels=["fever"])

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data import Study
+from ..input_check_m3fm import CHECK_FILE
 
 # Images that show nothing, put in the place of a study's own: what is said of them is not taken from an image.
 CONTROLS = ("blank_images", "noise_images")
@@ -154,6 +155,8 @@ def hash_checkpoint(model_dir: str | Path) -> str:
     digest = hashlib.sha256()
     folder = checkpoint_folder(model_dir)
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        if path.name == CHECK_FILE:  # scores do not depend on it: what is evaluated is not refused
+            continue
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

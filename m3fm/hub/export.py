@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..diagnosis import default_diagnosis
+from ..input_check_m3fm import CHECK_FILE
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -25,8 +26,8 @@ REQUIRED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-OPTIONAL_FILES = ("model.safetensors.index.json", "README.md", "diagnosis_head.json")
-WEIGHTS = "*.safetensors"
+OPTIONAL_FILES = ("model.safetensors.index.json", "README.md", "diagnosis_head.json", CHECK_FILE)
+WEIGHTS = "model*.safetensors"
 STORED_DTYPES = ("float16", "bfloat16")
 
 # transformers reads the class of a model, an image processor and a processor in three different places.

@@ -23,6 +23,7 @@ from ..data import Study, load_parallel, load_studies
 from ..data.report_text import mentions_earlier_or_mask
 from ..data.studies import training_part
 from ..evaluation.text_metrics import distinct_ratio, score_reports
+from ..input_check_m3fm import InputCheck
 from ..layers_m3fm import add_noise
 from ..modeling_m3fm import M3FMForReportGeneration, M3FMModel
 from ..processing_m3fm import M3FMProcessor
@@ -399,7 +400,11 @@ def run(recipe: WriteRecipe, arguments: TrainingArguments) -> dict[str, Any]:
         "texts": len(bank.texts),
         "pairs": len(pairs),
     }
-    return finish_run(trainer, recipe, facts)
+    facts = finish_run(trainer, recipe, facts)
+    check = InputCheck.from_pretrained(recipe.base)
+    if check.reads_tokens:  # the image tower stays as it is, and so does what its tokens say of an image
+        check.save_pretrained(facts["output_dir"])
+    return facts
 
 
 def _freeze(model: M3FMForReportGeneration, supervised: bool) -> None:

@@ -2,14 +2,14 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from m3fm.diagnosis import default_diagnosis
 from m3fm.diagnosis.table import COLUMNS, diagnose_files
-from m3fm.diagnosis_pipeline_m3fm import M3FMDiagnosisPipeline
 from m3fm.evaluation.runs import NOTICE
+from m3fm.study_pipeline_m3fm import StudyReader
+from tests.phantoms import radiograph_pixels
 
 LABELS = ["TB", "正常"]
 
@@ -29,9 +29,8 @@ def checkpoint(tiny_checkpoint):
 def folder(tmp_path):
     folder = tmp_path / "scans"
     (folder / "more").mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name in ("b.png", "a, “odd”.jpg", "more/c.PNG"):
-        Image.fromarray(generator.integers(256, size=(32, 30), dtype=np.uint8)).save(folder / name)
+    for seed, name in enumerate(("b.png", "a, “odd”.jpg", "more/c.PNG")):
+        Image.fromarray(radiograph_pixels(seed)).save(folder / name)
     (folder / "d.png").write_text("not an image\n", encoding="utf-8")
     (folder / "notes.txt").write_text("not read", encoding="utf-8")
     (folder / ".hidden.png").write_bytes(b"")
@@ -91,14 +90,14 @@ def test_a_killed_run_goes_on(form, cut, checkpoint, folder, tmp_path, monkeypat
     whole, path = tmp_path / f"whole.{form}", tmp_path / f"out.{form}"
     options = {"labels": LABELS, "format": form, "model": checkpoint, "batch_size": 1}
     diagnose_files(folder, output=whole, **options)
-    read_study = M3FMDiagnosisPipeline._read_study
+    read_study = StudyReader.__call__
 
-    def stop(pipe, images):
-        if images[0].name == "d.png":
+    def stop(reader, item):
+        if item[0][0].name == "d.png":
             raise Killed
-        return read_study(pipe, images)
+        return read_study(reader, item)
 
-    monkeypatch.setattr(M3FMDiagnosisPipeline, "_read_study", stop)
+    monkeypatch.setattr(StudyReader, "__call__", stop)
     with pytest.raises(Killed):
         diagnose_files(folder, output=path, **options)
     assert len(read(path)) == 4
@@ -106,9 +105,7 @@ def test_a_killed_run_goes_on(form, cut, checkpoint, folder, tmp_path, monkeypat
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) - cut])
     done = []
     monkeypatch.setattr(
-        M3FMDiagnosisPipeline,
-        "_read_study",
-        lambda pipe, images: done.append(images[0].name) or read_study(pipe, images),
+        StudyReader, "__call__", lambda reader, item: done.append(item[0][0].name) or read_study(reader, item)
     )
     counts = diagnose_files(folder, output=path, **options)
     assert path.read_bytes() == whole.read_bytes()

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from m3fm import DEFAULT_CHECKPOINT, M3FMModel
 from m3fm.hub import export, export_checkpoint, export_remote_code
+from tests.phantoms import radiograph_pixels
 
 LABELS = ["the lungs are clear", "双肺纹理增多。"]
 
@@ -93,10 +94,9 @@ facts = {
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
-    random = np.random.default_rng(0)
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    Image.fromarray(random.integers(0, 255, (40, 30), dtype=np.uint8)).save(paths[0])
-    Image.fromarray(random.integers(0, 60000, (30, 30), dtype=np.uint16)).save(paths[1])
+    Image.fromarray(radiograph_pixels(0)).save(paths[0])
+    Image.fromarray(radiograph_pixels(1).astype(np.uint16) * 240).save(paths[1])
     return [str(path) for path in paths]
 
 
@@ -191,8 +191,14 @@ def test_code_folder_holds_every_file_it_needs(tiny_checkpoint, tmp_path):
         "imaging_m3fm.py",
         "chest_image_m3fm.py",
         "dicom_m3fm.py",
+        "nifti_m3fm.py",
+        "raster_m3fm.py",
+        "series_m3fm.py",
+        "input_check_m3fm.py",
+        "read_ahead_m3fm.py",
     } <= code
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "numpy", "PIL", "huggingface_hub"}
+    installed = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors"}  # by transformers
+    allowed = set(sys.stdlib_module_names) | installed
     for name in code:
         assert set(get_imports(folder / name)) <= allowed, name
     assert (folder / "model.safetensors").read_bytes() == (tiny_checkpoint / "model.safetensors").read_bytes()
