@@ -156,6 +156,15 @@ def quiet_pydicom(name: str) -> Iterator[Any]:
         _READING.depth -= 1
 
 
+def written_dicom(dataset: Any) -> bytes | None:
+    """Write a data set of pydicom as a file, or return None where it lacks what a file needs."""
+    buffer = io.BytesIO()
+    with quiet_pydicom("<DICOM data set>"), suppress(Exception):  # whose texts quote values
+        dataset.save_as(buffer)
+        return buffer.getvalue()
+    return None
+
+
 def _is_noisy(name: str) -> bool:
     return name.split(".")[0] in _NOISY
 

@@ -5,7 +5,6 @@ Shapes: S slices (1 for a radiograph), H rows, W columns. No attribute of a `Che
 patient data; errors name the source as the caller gave it.
 """
 
-import contextlib
 import io
 import os
 import re
@@ -20,7 +19,7 @@ from PIL import Image
 from .arrays_m3fm import read_array
 from .chest_image_m3fm import MAX_VOXELS, ChestImage, bad_source
 from .dicom_m3fm import read_dicom
-from .dicom_tags_m3fm import is_dicom, quiet_pydicom
+from .dicom_tags_m3fm import is_dicom, written_dicom
 from .nifti_m3fm import GZIP, is_half_pair, is_nifti, read_nifti, read_spatial
 from .raster_m3fm import raster_kind, read_pil, read_raster
 
@@ -110,7 +109,12 @@ def read_image(source: Any, percentiles: tuple[float, float] | None = DEFAULT_PE
     if (hasattr(source, "dataobj") and hasattr(source, "affine")) or _comes_from("SimpleITK.", source):
         return read_spatial(source, percentiles)
     if _comes_from("pydicom.", source):
-        return read_dicom(_dicom_bytes(source), "<DICOM data set>", percentiles)
+        name, data = "<DICOM data set>", written_dicom(source)
+        if data is None:
+            raise bad_source(
+                name, "cannot be written as a file (is its transfer syntax set?), expected one as read from a file"
+            )
+        return read_dicom(data, name, percentiles)
     if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
         return read_array(source, percentiles)
     several = " (a list is several images: read them one by one)" if isinstance(source, (list, tuple)) else ""
@@ -197,16 +201,6 @@ def _read_value(source: Mapping[str, Any], percentiles: tuple[float, float] | No
     if data is None and name != "<bytes>":
         return _read_path(path, percentiles)
     raise ValueError('image as {"bytes", "path"}: expected bytes, or the path of a file')
-
-
-def _dicom_bytes(source: Any) -> bytes:
-    name, buffer = "<DICOM data set>", io.BytesIO()
-    with quiet_pydicom(name), contextlib.suppress(Exception):  # whose texts quote values
-        source.save_as(buffer)
-        return buffer.getvalue()
-    raise bad_source(
-        name, "cannot be written as a file (is its transfer syntax set?), expected one as read from a file"
-    )
 
 
 def _short(name: str) -> str:

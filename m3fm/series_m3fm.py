@@ -4,18 +4,18 @@
 Shapes: S slices, H rows, W columns. No remark and no error holds patient data; both name sources as they were given.
 """
 
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .chest_image_m3fm import ChestImage, LazyPixels, Remark, bad_source, finished
 from .dicom_m3fm import SliceHeader, read_dicom, read_header
-from .dicom_tags_m3fm import quiet_pydicom
+from .dicom_tags_m3fm import written_dicom
 from .imaging_m3fm import DEFAULT_PERCENTILES, MAX_FILE_BYTES, read_image
 from .slice_stack_m3fm import Slice, Stack, chest_stack, localizers_left_out
 from .study_files_m3fm import find_images, kind_of, path_kind
@@ -180,21 +180,12 @@ def _given_entry(source: Any) -> _Entry:
     if isinstance(content, _BYTES):
         content, name = bytes(content), "<bytes>"
     elif any(kind.__module__.startswith("pydicom.") for kind in type(source).__mro__):
-        content, name = _written(source), "<DICOM data set>"
+        content, name = written_dicom(source), "<DICOM data set>"
     elif hasattr(source, "read") and hasattr(source, "seek"):
         content, name = _file_content(source), getattr(source, "name", "<file object>")
     if not isinstance(content, bytes) or kind_of(content) != "dicom":
         return _Entry(source, name, None, in_folder=False)
     return _entry(content, name if isinstance(name, str) else "<file object>", "dicom", in_folder=False)
-
-
-def _written(source: Any) -> bytes | None:
-    """Write a data set of pydicom as a file, or None where it lacks what a file needs."""
-    buffer = io.BytesIO()
-    with quiet_pydicom("<DICOM data set>"), suppress(Exception):  # whose texts quote values
-        source.save_as(buffer)
-        return buffer.getvalue()
-    return None
 
 
 def _file_content(source: Any) -> bytes | None:
@@ -362,11 +353,17 @@ def _several_studies(entries: Sequence[_Entry | Slice]) -> Remark:
     return Remark("other_series", f"images of {count} DICOM studies given as one", "warning", count, 1)
 
 
-def _read(entry: _Entry | Slice, percentiles: tuple[float, float] | None) -> ChestImage:
+def _read(
+    entry: _Entry | Slice, percentiles: tuple[float, float] | None, like: ChestImage | None = None
+) -> ChestImage:
     """Read one image; DICOM bytes under the name of the file that they came from."""
-    if isinstance(entry.source, bytes) and entry.header is not None:
-        return read_dicom(entry.source, entry.name, percentiles)
-    return read_image(entry.source, percentiles)
+    source = entry.source
+    if like is not None and isinstance(source, (str, os.PathLike)):
+        with suppress(OSError):  # `read_image` says why
+            source = Path(source).read_bytes()
+    if isinstance(source, bytes) and entry.header is not None:
+        return read_dicom(source, entry.name, percentiles, like)
+    return read_image(source, percentiles)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -380,13 +377,14 @@ class SeriesPixels(LazyPixels):
 
     Args:
         slices: In order.
-        shape: (H, W) of each.
+        sample: One of them. Where its HU had to be inferred, those of all are taken in the same way.
         percentiles: As in `read_image`.
     """
 
-    def __init__(self, slices: Sequence[Slice], shape: tuple[int, int], percentiles: tuple[float, float] | None):
-        super().__init__((len(slices), *shape), self._readable)
+    def __init__(self, slices: Sequence[Slice], sample: ChestImage, percentiles: tuple[float, float] | None):
+        super().__init__((len(slices), *sample.pixels.shape[1:]), self._readable)
         self._slices, self._percentiles = tuple(slices), percentiles
+        self._like = sample if any(remark.code == "uncalibrated" for remark in sample.remarks) else None
         self._damaged: set[int] = set()
 
     @property
@@ -399,7 +397,7 @@ class SeriesPixels(LazyPixels):
         return (Remark("unreadable_slices", message, "warning", count),)
 
     def _readable(self, number: int) -> np.ndarray:
-        image, damaged = _nearest_readable(self._slices, number, self._percentiles, self.shape[1:])
+        image, damaged = _nearest_readable(self._slices, number, self._percentiles, self.shape[1:], self._like)
         self._damaged.update(damaged)
         return image.pixels[0]  # (H, W)
 
@@ -408,30 +406,37 @@ def _volume(name: str, stack: Stack, percentiles: tuple[float, float] | None) ->
     """Make the volume of a stack. The middle slice is decoded for what holds for all of them."""
     if len(stack.slices) == 1:
         return _decoded(stack.slices[0], percentiles)
-    sample, _ = _nearest_readable(stack.slices, len(stack.slices) // 2, percentiles, None)
-    pixels = SeriesPixels(stack.slices, sample.pixels.shape[1:], percentiles)
+    sample, _ = _nearest_readable(stack.slices, len(stack.slices) // 2, percentiles)
+    pixels = SeriesPixels(stack.slices, sample, percentiles)
     spacing = None if sample.spacing is None or stack.step is None else (stack.step, *sample.spacing[1:])
     return finished(name, pixels, modality="ct", units=sample.units, spacing=spacing, remarks=sample.remarks)
 
 
 def _nearest_readable(
-    slices: Sequence[Slice], number: int, percentiles: tuple[float, float] | None, shape: tuple[int, int] | None
+    slices: Sequence[Slice],
+    number: int,
+    percentiles: tuple[float, float] | None,
+    shape: tuple[int, int] | None = None,
+    like: ChestImage | None = None,
 ) -> tuple[ChestImage, list[int]]:
     """Decode a slice or, where it is damaged, the nearest one that is not; also say which were found damaged."""
     errors: dict[int, ValueError] = {}
     for place in (number, *(number + step for step in _NEIGHBOURS)):
         if 0 <= place < len(slices):
             try:
-                return _decoded(slices[place], percentiles, shape), list(errors)
+                return _decoded(slices[place], percentiles, shape, like), list(errors)
             except ValueError as error:
                 errors[place] = error
     raise errors[number]
 
 
 def _decoded(
-    entry: Slice, percentiles: tuple[float, float] | None, shape: tuple[int, int] | None = None
+    entry: Slice,
+    percentiles: tuple[float, float] | None,
+    shape: tuple[int, int] | None = None,
+    like: ChestImage | None = None,
 ) -> ChestImage:
-    image = _read(entry, percentiles)
+    image = _read(entry, percentiles, like)
     if shape is not None and image.pixels.shape[1:] != shape:
         raise bad_source(entry.name, f"slice of {image.pixels.shape[1:]} pixels, expected {shape} as in its series")
     return image

@@ -30,6 +30,7 @@ from tests.dicom_files import (  # noqa: E402  (needs pydicom)
     radiograph,
     write_dicom,
 )
+from tests.phantoms import ct_volume  # noqa: E402
 from tests.series_files import CORONAL, FROM_ABOVE, PRONE, SAGITTAL, phantom, series, write_series  # noqa: E402
 
 
@@ -454,3 +455,19 @@ def test_no_tag_value_is_told(tmp_path):
     assert not any(
         str(slices[0][key].value) in repr(image.remarks) for key in ("SeriesInstanceUID", "StudyInstanceUID")
     )
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_slices_without_rescale_take_their_units_from_one_of_them(tmp_path, as_bytes):
+    volume = ct_volume(slices=6, rows=80, columns=96)
+    volume[:2] = volume[:2].clip(-1024, 60)  # slices of other contents, which alone might be taken otherwise
+    volume[5] = 900
+    slices = [
+        ct_slice((hu.astype(np.int32) + 1024).astype(np.uint16), rescale=None, position=(0.0, 0.0, 5.0 * i))
+        for i, hu in enumerate(volume)
+    ]
+    paths = write_series(tmp_path, slices)
+    (image,) = read_study([path.read_bytes() for path in paths] if as_bytes else paths)
+    assert "uncalibrated" in {remark.code for remark in image.remarks}
+    assert image.units == "hu"
+    assert np.array_equal(np.asarray(image.pixels), volume.astype(np.float32))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..evaluation.tables import render_table
 
-_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+_PLACE = re.compile(r"(<!-- table: ([\w/-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def fill_tables(page: str, results: Path) -> str:
