@@ -377,14 +377,14 @@ class SeriesPixels(LazyPixels):
 
     Args:
         slices: In order.
-        sample: One of them. Where its HU had to be inferred, those of all are taken in the same way.
+        sample: One of them. Where its HU had to be inferred, those of all are taken in the same way; a slice of
+            another size or in other units counts as damaged.
         percentiles: As in `read_image`.
     """
 
     def __init__(self, slices: Sequence[Slice], sample: ChestImage, percentiles: tuple[float, float] | None):
         super().__init__((len(slices), *sample.pixels.shape[1:]), self._readable)
-        self._slices, self._percentiles = tuple(slices), percentiles
-        self._like = sample if any(remark.code == "uncalibrated" for remark in sample.remarks) else None
+        self._slices, self._percentiles, self._sample = tuple(slices), percentiles, sample
         self._damaged: set[int] = set()
 
     @property
@@ -397,7 +397,7 @@ class SeriesPixels(LazyPixels):
         return (Remark("unreadable_slices", message, "warning", count),)
 
     def _readable(self, number: int) -> np.ndarray:
-        image, damaged = _nearest_readable(self._slices, number, self._percentiles, self.shape[1:], self._like)
+        image, damaged = _nearest_readable(self._slices, number, self._percentiles, self._sample)
         self._damaged.update(damaged)
         return image.pixels[0]  # (H, W)
 
@@ -406,7 +406,13 @@ def _volume(name: str, stack: Stack, percentiles: tuple[float, float] | None) ->
     """Make the volume of a stack. The middle slice is decoded for what holds for all of them."""
     if len(stack.slices) == 1:
         return _decoded(stack.slices[0], percentiles)
-    sample, _ = _nearest_readable(stack.slices, len(stack.slices) // 2, percentiles)
+    middle = len(stack.slices) // 2
+    # Others are asked only where it is not in HU: one slice that is odd is not to stand for all.
+    places = (middle, middle // 2, middle + middle // 2)
+    samples = (_nearest_readable(stack.slices, place, percentiles)[0] for place in places)
+    sample = next((each for each in samples if each.units == "hu"), None)
+    if sample is None:
+        sample, _ = _nearest_readable(stack.slices, middle, percentiles)
     pixels = SeriesPixels(stack.slices, sample, percentiles)
     spacing = None if sample.spacing is None or stack.step is None else (stack.step, *sample.spacing[1:])
     return finished(name, pixels, modality="ct", units=sample.units, spacing=spacing, remarks=sample.remarks)
@@ -416,29 +422,28 @@ def _nearest_readable(
     slices: Sequence[Slice],
     number: int,
     percentiles: tuple[float, float] | None,
-    shape: tuple[int, int] | None = None,
-    like: ChestImage | None = None,
+    sample: ChestImage | None = None,
 ) -> tuple[ChestImage, list[int]]:
     """Decode a slice or, where it is damaged, the nearest one that is not; also say which were found damaged."""
     errors: dict[int, ValueError] = {}
     for place in (number, *(number + step for step in _NEIGHBOURS)):
         if 0 <= place < len(slices):
             try:
-                return _decoded(slices[place], percentiles, shape, like), list(errors)
+                return _decoded(slices[place], percentiles, sample), list(errors)
             except ValueError as error:
                 errors[place] = error
     raise errors[number]
 
 
-def _decoded(
-    entry: Slice,
-    percentiles: tuple[float, float] | None,
-    shape: tuple[int, int] | None = None,
-    like: ChestImage | None = None,
-) -> ChestImage:
-    image = _read(entry, percentiles, like)
-    if shape is not None and image.pixels.shape[1:] != shape:
-        raise bad_source(entry.name, f"slice of {image.pixels.shape[1:]} pixels, expected {shape} as in its series")
+def _decoded(entry: Slice, percentiles: tuple[float, float] | None, sample: ChestImage | None = None) -> ChestImage:
+    """Read a slice, which has to be of the kind of `sample`, another one of its series."""
+    if sample is None:
+        return _read(entry, percentiles)
+    inferred = any(remark.code == "uncalibrated" for remark in sample.remarks)
+    image = _read(entry, percentiles, sample if inferred else None)
+    kind, expected = ((*each.pixels.shape[1:], each.units) for each in (image, sample))
+    if kind != expected:
+        raise bad_source(entry.name, f"slice of {kind} (rows, columns, units), expected {expected} as in its series")
     return image
 
 

@@ -471,3 +471,14 @@ def test_slices_without_rescale_take_their_units_from_one_of_them(tmp_path, as_b
     assert "uncalibrated" in {remark.code for remark in image.remarks}
     assert image.units == "hu"
     assert np.array_equal(np.asarray(image.pixels), volume.astype(np.float32))
+
+
+@pytest.mark.parametrize("odd", [3, 5])
+def test_one_slice_in_other_units_does_not_stand_for_all(tmp_path, odd):
+    slices = series(6, rescale=[None if number == odd else (1, -1024) for number in range(6)])
+    slices[odd].PixelData = np.full((40, 48), 5000, np.int16).tobytes()  # no histogram that HU could be told from
+    (image,) = read_study(write_series(tmp_path, slices))
+    assert image.units == "hu"
+    pixels = np.asarray(image.pixels)
+    assert np.array_equal(pixels[odd], pixels[odd - 1])  # its nearest neighbour
+    assert [remark.code for remark in image.take([odd]).remarks] == ["unreadable_slices"]
