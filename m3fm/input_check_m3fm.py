@@ -330,7 +330,6 @@ class InputCheck:
         groups = self._groups(check, scores["kind"])
         remarks: list[Remark] = []
         for numbers, part in groups:
-            # The slices of a CT are judged as one, whichever images of the study they are.
             total = len(features) if len(numbers) == 1 else 1
             remarks += _numbered(self._judge_group(numbers, part, scores), int(numbers[0]), total)
         remarks += self._judge_views(check, groups, scores["kind"])
@@ -343,26 +342,28 @@ class InputCheck:
         return features @ self.weights[f"{head}.weight"].T + self.weights[f"{head}.bias"]
 
     def _groups(self, check: StudyCheck, kinds: np.ndarray) -> list[tuple[np.ndarray, Part]]:
-        """Put together what is judged as one: all slices of CTs, and each other image for itself.
+        """Put together what is judged as one: the images of each part, and all parts that are CT.
 
         Args:
             check: Whose parts the images belong to.
             kinds: Scores (N, 4).
         """
-        counts = [part.planes for part in check.parts]
-        if sum(counts) == len(kinds):
-            parts = [part for part in check.parts for _ in range(part.planes)]
-        else:  # the processor chose among the slices: only what all parts share is known
-            shared = Part(1, _only({part.modality for part in check.parts}), _only({p.view for p in check.parts}))
-            parts = [shared] * len(kinds)
-        ct_seen = against(kinds[:, : KINDS.index("other")], [KINDS.index("ct")]) > 0
-        is_ct = np.array(
-            [part.modality == "ct" or (part.modality is None and ct_seen[i]) for i, part in enumerate(parts)]
-        )
-        groups = [(np.array([i]), parts[i]) for i in np.flatnonzero(~is_ct)]
-        if is_ct.any():
-            numbers = np.flatnonzero(is_ct)
-            groups.append((numbers, replace(parts[numbers[0]], planes=len(numbers))))
+        parts = check.parts
+        if sum(part.planes for part in parts) != len(kinds):
+            # The processor chose among the slices: only what all parts share is known.
+            shared = Part(1, _only({part.modality for part in parts}), _only({part.view for part in parts}))
+            parts = (shared,) * len(kinds)
+        owners = np.repeat(np.arange(len(parts)), [part.planes for part in parts])  # (N,)
+        ct_scores = against(kinds[:, : KINDS.index("other")], [KINDS.index("ct")])
+        groups, slices = [], []
+        for owner, part in enumerate(parts):
+            numbers = np.flatnonzero(owners == owner)
+            if part.modality == "ct" or (part.modality is None and ct_scores[numbers].mean() > 0):
+                slices.append((numbers, part))
+            else:
+                groups.append((numbers, part))
+        if slices:
+            groups.append((np.concatenate([numbers for numbers, _ in slices]), slices[0][1]))
         return groups
 
     def _judge_group(self, numbers: np.ndarray, part: Part, scores: dict[str, np.ndarray]) -> list[Remark]:

@@ -239,6 +239,10 @@ def test_the_worst_radiograph_and_the_mean_of_slices_decide() -> None:
     volume = check.look([chest_ct(slices=40).take(range(0, 40, 10))])
     mixed = tokens({"other": 9.0}, {"ct": 9.0}, {"ct": 9.0}, {"ct": 9.0})
     assert check.judge(volume, mixed).verdict == "ok"
+    # a volume that is no CT is refused once
+    pages = replace(chest_ct(slices=2), modality=None, units="intensity", pixels=np.stack([smooth()] * 2))
+    refused = check.judge(check.look([pages]), tokens({"other": 9.0}, {"other": 9.0}))
+    assert [remark.code for remark in refused.remarks] == ["not_a_chest"]
     # the same slices as four files that do not say what they are
     files = check.look([radiograph(smooth())] * 4)
     assert check.judge(files, tokens(*[{"ct": 9.0}] * 4)).verdict == "ok"

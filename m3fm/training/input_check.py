@@ -84,7 +84,7 @@ def fit_input_check(features: TowerFeatures, data: Path, other: Path) -> InputCh
     weights["probe"] = probe_tower(features.tower)
     check = InputCheck(weights)
     highest = float(_other_scores(check, features(tuning)).max())
-    limits = TowerLimits(other_refuse=max(0.0, highest + MARGIN), other_warn=highest)
+    limits = TowerLimits(other_refuse=round(max(0.0, highest + MARGIN), 2), other_warn=round(highest, 2))
     return InputCheck(weights, check.pixel_limits, limits)
 
 
