@@ -44,7 +44,8 @@ Write reports for chest images: PNG, JPEG, TIFF, BMP, WebP, and with m3fm[medica
 
 A FILE is one study. In a folder the DICOM files of one study are a study, be they views or the slices of a CT, and
 every other image is one; a folder with metadata.jsonl, a CSV or a JSONL file lists its studies. Files never leave the
-machine, and nothing of a DICOM header but modality and view is printed. What is plainly not a chest gets no report.
+machine, and no name, number, date or institution of a DICOM header is printed. What is plainly not a chest gets no
+report.
 """
 
 _REPORT_EPILOG = f"""\
@@ -62,7 +63,7 @@ examples:
 
 output fields (json: one list; jsonl: one object a line; UTF-8):
   source       the file as given, or its path in the folder or list
-  modality     "cxr", "ct", or null where neither the file tells nor the image shows it
+  modality     "cxr", "ct", or null where it is not told and not clearly seen, or images of a study differ in it
   report_en    the English report, if asked for
   report_zh    the Chinese report, if asked for
   input_check  what was seen of the images: "verdict" is ok, suspect or refused; "findings" say why

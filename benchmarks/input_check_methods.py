@@ -4,6 +4,9 @@
 All are fitted to the fit parts and refuse what scores above `QUANTILE` of the tuning part's chest images, plain and
 changed. Each kind of other thing is then met as one that the method has never seen: kinds of the fit parts are left
 out of the fit one after the other, those of the measuring parts were never in it.
+
+What ships is the regression on tokens: adding the residual refuses somewhat more, for a file more than ten times as
+large (two sets of 64 components).
 """
 
 from collections.abc import Callable

@@ -27,6 +27,7 @@ _COLOUR_STEP = 16 / 255
 _COLOUR_SHARE = 0.001
 _ROWS = 256
 
+_AXES = Remark("assumed", "an array, taken as axial slices from inferior to superior, seen as radiologists see them")
 _WANTED = "(H, W), (H, W, 3), (3, H, W) or (S, H, W)"
 
 
@@ -165,10 +166,10 @@ def _read_three(name: str, array: np.ndarray, percentiles: tuple[float, float] |
     last, first = array.shape[-1] in (3, 4), array.shape[0] in (3, 4)
     if not (last or first):
         _refuse_slices_last(name, array)
-        return volume_of(name, array, percentiles=percentiles)
+        return volume_of(name, array, percentiles=percentiles, remarks=(_AXES,))
     low, high = _limits(array)
     if low < BELOW_TISSUE_HU and first:  # no colour is negative: three or four slices
-        return volume_of(name, array, percentiles=percentiles)
+        return volume_of(name, array, percentiles=percentiles, remarks=(_AXES,))
     unit = array.dtype.kind == "f" and low >= 0 and high <= 1
     if array.dtype == np.uint8 or unit or (array.dtype == np.uint16 and last):
         gray, share = gray_of_colour(without_nan(array if last else np.moveaxis(array, 0, -1), name))

@@ -27,8 +27,10 @@ _TOLERANCE, _LARGEST_TOLERANCE = 0.04, 0.1
 # Each row (column) is averaged over this many stretches: noise is lost, the place of the edge is kept.
 _STRETCHES = 64
 # Stretches of a line that may differ: in the border itself; where a marker, a label or a scale is printed on it; and
-# at least in the image behind its edge, which a body's outline against the air beside it does not reach at once.
+# at least in the image behind its edge, which a body's outline against the air beside it does not reach at once. Where
+# the border at the other two sides leaves little of the line, this share of what it leaves is enough.
 _CLEAN, _MARKED, _EDGE = 1, 10, 32
+_EDGE_SHARE = 0.8
 # The edge may be tilted: the image is reached within this share of the side.
 _TILT = 0.06
 
@@ -128,16 +130,19 @@ def _depth(lines: np.ndarray, limit: int) -> int:
     noise = 1.4826 * float(np.median(np.abs(lines[0] - level)))  # standard deviation by the median: markers aside
     tolerance = min(max(_TOLERANCE, 4 * noise), _LARGEST_TOLERANCE)
     scale = lines.shape[1] / _STRETCHES
-    differing = (np.abs(lines - level) > tolerance).sum(axis=1)
+    differs = np.abs(lines - level) > tolerance  # (H, stretches)
+    differing = differs.sum(axis=1)
     marked = differing[: limit + 1] > _MARKED * scale
     reached = int(marked.argmax()) if marked.any() else limit + 1
     clean = np.flatnonzero(differing[:reached] <= _CLEAN)
     if not len(clean):
         return 0
     depth = int(clean[-1]) + 1
+    if depth > limit or depth == len(lines):
+        return 0
     behind = differing[depth : depth + max(2, int(_TILT * len(lines)))]
-    is_edge = len(behind) > 0 and behind.max() >= _EDGE * scale
-    return depth if depth <= limit and is_edge else 0
+    width = (differs[depth:].mean(axis=0) > 0.1).sum()  # stretches that hold image; a marker fills but few lines
+    return depth if behind.max() >= max(1, min(_EDGE * scale, _EDGE_SHARE * width)) else 0
 
 
 __all__ = ["BORDER_RULES", "MAX_SHARE", "Border", "find_border", "without_border"]

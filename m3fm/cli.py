@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import transformers
@@ -18,6 +17,9 @@ import transformers
 from m3fm_cli import EXIT_ERROR, NOTICE
 
 from . import DEFAULT_CHECKPOINT
+from .batch.report import report_files
+from .batch.sources import StudySource
+from .download import download
 from .evaluation.reporter import checkpoint_folder
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -26,8 +28,6 @@ from .evaluation.reporter import checkpoint_folder
 
 def report(args: Namespace) -> int:
     """Writes reports as they come out of the model, and lists the studies that cannot be read or are refused."""
-    from .batch.report import report_files
-
     _quieten_transformers()
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(_downloaded(args.files)) if args.download else args.files
@@ -55,18 +55,15 @@ def report(args: Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _downloaded(addresses: list[str]) -> Iterator[str]:
-    """Gives a folder with what lies at the addresses; it is there no longer than it is needed."""
-    from .download import download
-
+def _downloaded(addresses: list[str]) -> Iterator[list[StudySource]]:
+    """Gives what lies at each address as a study, in a folder that is there no longer than it is needed."""
     with tempfile.TemporaryDirectory(prefix="m3fm-") as folder:
+        sources = []
         for number, address in enumerate(addresses):
-            name = Path(urlsplit(address).path).name or "image"
-            place = Path(folder) / name
-            if place.exists():
-                place = place.with_name(f"{number}-{name}")
+            place = Path(folder) / str(number)
             place.write_bytes(download(address))
-        yield folder
+            sources.append(StudySource(address.partition("?")[0].partition("#")[0], (place,)))
+        yield sources
 
 
 def _quieten_transformers() -> None:

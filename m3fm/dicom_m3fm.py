@@ -65,7 +65,7 @@ _SALT = os.urandom(16)
 class SliceHeader:
     """Say what a file is without its pixels.
 
-    `study`, `series`, `patient`, `frame_of_reference` and `instance` are hashes with a salt of this process: good for
+    `study`, `series`, `patient` and `instance` are hashes with a salt of this process: good for
     telling the same from another, for nothing else, and not shown.
 
     Attributes:
@@ -91,7 +91,6 @@ class SliceHeader:
     study: int | None = field(repr=False)
     series: int | None = field(repr=False)
     patient: int | None = field(repr=False)
-    frame_of_reference: int | None = field(repr=False)
     instance: int | None = field(repr=False)
     modality: str | None
     is_localizer: bool
@@ -201,7 +200,6 @@ def _header(file: DicomFile) -> SliceHeader:
         study=_hashed(tags, "StudyInstanceUID"),
         series=_hashed(tags, "SeriesInstanceUID"),
         patient=_hashed(tags, "PatientID"),
-        frame_of_reference=_hashed(tags, "FrameOfReferenceUID"),
         instance=_hashed(tags, "SOPInstanceUID"),
         modality=_modality(tags),
         is_localizer="LOCALIZER" in kinds,

@@ -47,7 +47,6 @@ HEADER_TAGS = (
     "SOPInstanceUID",
     "StudyInstanceUID",
     "SeriesInstanceUID",
-    "FrameOfReferenceUID",
     "PatientID",
     "SeriesNumber",
     "AcquisitionNumber",

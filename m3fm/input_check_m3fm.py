@@ -423,8 +423,12 @@ class InputCheck:
             return check
         if check.modality is None and all(part.modality is None for part in check.parts):
             ct = [float(against(scores["kind"][n][:, :3], [KINDS.index("ct")]).mean()) for n, _ in groups]
-            if min(map(abs, ct)) > limits.modality and len({score > 0 for score in ct}) == 1:
-                check = replace(check, modality="ct" if ct[0] > 0 else "cxr", modality_from="image")
+            if min(map(abs, ct)) > limits.modality:
+                if len({score > 0 for score in ct}) == 1:
+                    check = replace(check, modality="ct" if ct[0] > 0 else "cxr", modality_from="image")
+                else:
+                    message = "images of the study are seen as X-rays and as CT, expected one of them"
+                    check = check.remarked(Remark("wrong_modality", message, "warning"))
         if check.modality == "cxr" and check.view is None and all(part.view is None for part in check.parts):
             view = _only({self._view_of(numbers, scores) for numbers, _ in groups}, strict=True)
             check = replace(check, view=view, view_from="image" if view else None)

@@ -143,7 +143,7 @@ def look_at_planes(image: ChestImage, planes: list[np.ndarray], limits: PixelLim
     """
     statistics = [plane_statistics(plane) for plane in planes]
     even, grey_range, levels, noise = (
-        float(np.median([getattr(each, name) for each in statistics]))
+        round(float(np.median([getattr(each, name) for each in statistics])), 4)
         for name in ("even_share", "grey_range", "levels", "noise")
     )
     remarks = _look_at_size(image, limits)
@@ -210,8 +210,8 @@ def _look_at_range(image: ChestImage, limits: PixelLimits) -> list[Remark]:
     numbers = np.unique(np.linspace(0, total - 1, min(total, MOST_PLANES)).round().astype(int))
     # Every fourth voxel of every fourth row is enough for a share.
     sample = np.concatenate([np.asarray(image.pixels[int(number)])[::4, ::4].ravel() for number in numbers])
-    air = float((sample < AIR_HU).mean())
-    tissue = float(((sample >= TISSUE_HU[0]) & (sample <= TISSUE_HU[1])).mean())
+    air = round(float((sample < AIR_HU).mean()), 4)
+    tissue = round(float(((sample >= TISSUE_HU[0]) & (sample <= TISSUE_HU[1])).mean()), 4)
     shown = f"values from {sample.min():.0f} to {sample.max():.0f}"
     if air < limits.air_share:
         message = f"{shown}: {air:.1%} are air or lung (below {AIR_HU:.0f} HU), in a chest CT well above 10 %"

@@ -279,12 +279,23 @@ def _without_volume(
         raise bad_source(
             name, f"{len(kept)} images, expected one study of at most {MAX_IMAGES}: give each study alone"
         )
+    remarks = [*remarks, *_one_of_a_folder(name, kept)]
     if len(kept) < len(entries):
         remarks = [*remarks, _not_images(len(entries) - len(kept), "DICOM files that are no radiographs")]
     read = [_read(entry, percentiles) for entry in kept]
     if len(_studies(kept)) > 1:
         remarks = [*remarks, _several_studies(kept)]
     return [read[0].remarked(*remarks), *read[1:]]
+
+
+def _one_of_a_folder(name: str, entries: list[_Entry]) -> list[Remark]:
+    """Refuse, or doubt, that what lies in a folder and does not say whose it is, is one study."""
+    kinds = [entry.kind for entry in entries if entry.in_folder]
+    if kinds.count("nifti") > 1:
+        raise bad_source(name, f"holds {kinds.count('nifti')} NIfTI volumes, expected one study: give each alone")
+    count = kinds.count("raster")
+    message = f"{count} images of a folder, which do not say whose they are, taken as one study"
+    return [Remark("assumed", message, "warning", count)] if count > 1 else []
 
 
 def _with_volume(

@@ -234,7 +234,7 @@ def _stacked(group: list[Slice]) -> Stack:
     if not steps:
         step = kept[0].header.slice_thickness
         return Stack(tuple(kept), step, step or 0.0, plane, tuple(remarks))
-    step = sorted(steps)[len(steps) // 2]
+    step = sorted(steps)[(len(steps) - 1) // 2]  # of two, the smaller: slices are missing, not added
     remarks += _step_remarks(steps, step) + _shift_remarks(kept[0].header, kept[-1].header)
     return Stack(tuple(kept), step, places[-1] - places[0] + step, plane, tuple(remarks))
 

@@ -2,6 +2,7 @@
 """Find the images in a folder, told by the first bytes of each file and not by its name."""
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ _NIFTI_HEADER_BYTES = 352
 # Media Storage Directory: the list of files on a medium, which is DICOM without an image.
 _DIRECTORY_CLASS = b"1.2.840.10008.1.3.10"
 # Previews that viewers and media leave beside the images.
-_PREVIEW = "thumb"
+_PREVIEW = re.compile(r"(.*[^a-z])?thumb(s|nails?)?([^a-z].*)?", flags=re.IGNORECASE | re.DOTALL)
 
 
 def find_images(folder: str | os.PathLike) -> tuple[list[tuple[str, str]], int]:
@@ -85,7 +86,7 @@ def _is_aside(path: str) -> bool:
     """Tell hidden files, those that archives of Macs carry along, and previews."""
     parts = path.split(os.sep)
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return hidden or any(_PREVIEW in part.lower() for part in parts) or parts[-1].upper() == "DICOMDIR"
+    return hidden or any(map(_PREVIEW.fullmatch, parts)) or parts[-1].upper() == "DICOMDIR"
 
 
 def _gunzipped(head: bytes) -> bytes:

@@ -27,6 +27,8 @@ READING_ARGUMENTS = ("batch_size", "num_workers", "on_error", "on_suspect")
 IMAGE_COLUMN = "image"
 
 _ONE_IMAGE = (str, bytes, bytearray, memoryview, os.PathLike, np.ndarray, torch.Tensor, Image.Image, ChestImage)
+# What else is one image, though it can be iterated over: open files, arrays, images of SimpleITK and nibabel.
+_OF_ONE_IMAGE = ("read", "__array__", "__array_interface__", "GetDirection", "dataobj")
 _ENCODED_IMAGE = {"bytes", "path"}
 _TENSORS = ("pixel_values", "image_mask")
 
@@ -137,7 +139,9 @@ class M3FMStudyPipeline(Pipeline):
         studies = images if is_list else stream if stream is not None else [images]
         items = zip(studies, repeat({}) if facts is None else facts, strict=False)
         reader = StudyReader(self.processor.image_processor, self.input_check, on_suspect)
-        read = map(_value_or_error, read_ahead(reader, items, num_workers))
+        # A batch is read while the one before it is in the model.
+        ahead = max(batch_size, 2 * num_workers) if num_workers else None
+        read = map(_value_or_error, read_ahead(reader, items, num_workers, ahead))
         rows = (
             self._row(each, on_error)
             for batch in iter(lambda: list(islice(read, batch_size)), [])
@@ -260,11 +264,11 @@ def _sources(images: Any) -> list[Any]:
 
 def _as_stream(images: Any) -> Iterable[Any] | None:
     """Returns an iterable of studies if that is what `images` is, None for one study."""
-    if isinstance(images, (*_ONE_IMAGE, Mapping)) or hasattr(images, "read"):  # open files iterate over lines
+    if isinstance(images, (*_ONE_IMAGE, Mapping)) or any(hasattr(images, name) for name in _OF_ONE_IMAGE):
         return None
-    if hasattr(images, "__iter__") and not hasattr(images, "__array__"):
+    if hasattr(images, "__iter__"):
         return images
-    if hasattr(images, "__getitem__") and hasattr(images, "__len__") and not hasattr(images, "__array__"):
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         return (images[index] for index in range(len(images)))
     return None
 

@@ -42,7 +42,8 @@ def test_volumes_by_their_values():
     np.testing.assert_allclose(image.pixels, HU, rtol=1e-6)
     shown = read_image(np.stack([RAMP / RAMP.max()] * 5))
     assert (shown.units, shown.modality, shown.pixels.shape) == ("intensity", None, (5, 24, 32))
-    assert codes(shown) == ["display_values"]
+    assert codes(shown) == ["assumed", "display_values"]
+    assert codes(image) == ["assumed"]  # nothing in an array says which axis is which
     three = read_image(HU[:3])  # no colour is negative
     assert (three.units, three.pixels.shape) == ("hu", (3, 24, 32))
 

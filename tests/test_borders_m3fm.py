@@ -23,7 +23,9 @@ def framed(pixels: np.ndarray, top: int, bottom: int, left: int, right: int, lev
 
 
 @pytest.mark.parametrize("level", [0.0, 0.05, 0.95, 1.0])
-@pytest.mark.parametrize("sides", [(20, 20, 20, 20), (0, 60, 0, 0), (0, 0, 30, 7), (90, 0, 0, 70)])
+@pytest.mark.parametrize(
+    "sides", [(20, 20, 20, 20), (0, 60, 0, 0), (0, 0, 30, 7), (90, 0, 0, 70), (150, 150, 120, 120)]
+)
 def test_even_borders_are_found_to_the_pixel(level, sides):
     assert find_border(framed(chest(), *sides, level)) == sides
 
@@ -46,8 +48,9 @@ def test_more_than_a_border_is_not_cut():
 
 def test_air_beside_a_round_outline_is_no_border():
     rows, columns = np.mgrid[-1:1:200j, -1:1:200j]
-    pixels = np.where(rows**2 + columns**2 < 0.6, 0.7, 0).astype(np.float32)
-    assert not any(find_border(pixels))
+    for radius in (0.4, 0.6, 0.8, 0.95):
+        pixels = np.where(rows**2 + columns**2 < radius**2, 0.7, 0).astype(np.float32)
+        assert not any(find_border(pixels))
 
 
 def test_markers_in_a_border_go_with_it_and_markers_in_the_image_stay():

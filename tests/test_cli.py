@@ -116,6 +116,22 @@ def test_output_file(report, image, tmp_path):
     assert f"1 of 1 studies reported in {output}" in err
 
 
+def test_downloaded_addresses_are_studies_in_the_order_given(report, image, others, monkeypatch):
+    files = {"https://a.org/z?token=s3cret": others[0], "https://a.org/metadata.jsonl": image}
+    pages = {"https://a.org/login": b"<html>log in</html>"}
+    content = {address: path.read_bytes() for address, path in files.items()} | pages
+    monkeypatch.setattr(cli, "download", content.__getitem__)
+    code, out, err = report("--download", *content, "--format", "json")
+    rows = json.loads(out)
+    assert [row["source"] for row in rows] == [
+        "https://a.org/z",
+        "https://a.org/metadata.jsonl",
+        "https://a.org/login",
+    ]
+    assert code == 2 and ["error" in row for row in rows] == [False, False, True]
+    assert "s3cret" not in out + err
+
+
 def test_wrong_options_keep_the_earlier_output(report, image, tmp_path):
     output = tmp_path / "reports.txt"
     output.write_text("mine", encoding="utf-8")

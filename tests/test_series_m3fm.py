@@ -482,3 +482,20 @@ def test_one_slice_in_other_units_does_not_stand_for_all(tmp_path, odd):
     pixels = np.asarray(image.pixels)
     assert np.array_equal(pixels[odd], pixels[odd - 1])  # its nearest neighbour
     assert [remark.code for remark in image.take([odd]).remarks] == ["unreadable_slices"]
+
+
+def test_a_folder_of_images_that_do_not_say_whose_they_are(tmp_path):
+    for name in "ab":
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{name}.png")
+    images = read_study(tmp_path)
+    assert len(images) == 2
+    assert [(remark.code, remark.severity) for remark in images[0].remarks] == [("assumed", "warning")]
+    assert not any(image.remarks for image in read_study([tmp_path / "a.png", tmp_path / "b.png"]))
+
+
+def test_several_volumes_of_a_folder_are_no_study(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    for name in "ab":
+        nibabel.save(nibabel.Nifti1Image(ct_volume().transpose(2, 1, 0), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match="holds 2 NIfTI volumes, expected one study"):
+        read_study(tmp_path)

@@ -24,7 +24,7 @@ def codes(stack) -> list[str]:
 def headers(series: int, count: int, step: float, orientation: Sequence[float] = AXIAL, **fields: Any) -> list[Slice]:
     """Make slices of which only headers are known."""
     known = {
-        **dict.fromkeys(("study", "patient", "frame_of_reference"), 1),
+        **dict.fromkeys(("study", "patient"), 1),
         **dict.fromkeys(("is_localizer", "is_derived", "is_secondary_capture"), False),
         **dict.fromkeys(("origin", "acquisition_number", "temporal_position", "series_number", "instance")),
         **{"modality": "ct", "has_pixels": True, "rows": 8, "columns": 8, "frames": 1, "pixel_spacing": (1.0, 1.0)},

@@ -146,6 +146,12 @@ def test_array_like_is_one_study(ask, images):
     assert ask(ArrayLike()) == ask(images[50])
 
 
+def test_image_of_simpleitk_is_one_study(ask, images):
+    sitk = pytest.importorskip("SimpleITK")
+    pixels = np.asarray(Image.open(images[50]))
+    assert ask(sitk.GetImageFromArray(pixels))["input_check"]["images"] == 50  # of `FakeCheck`: its rows
+
+
 def test_checkpoint_without_a_check_has_one_of_statistics(tiny_checkpoint, tiny_model, tiny_processor):
     from m3fm import M3FMReportPipeline
 

@@ -7,7 +7,6 @@ where a study could not be read, and `input_check` too where it was refused.
 
 import contextlib
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 
 from .. import DEFAULT_CHECKPOINT, M3FMReportPipeline
-from ..evaluation.reporter import checkpoint_folder, hash_checkpoint
+from ..evaluation.reporter import checkpoint_folder, hash_checkpoint, hash_input_check
 from ..evaluation.runs import NOTICE
-from ..input_check_m3fm import CHECK_FILE
 from .rows import JsonLines, Row, RowFile, StreamRows, check_output
 from .sources import StudySource, find_sources
 
@@ -106,6 +104,9 @@ def _write_reports(
 ) -> dict[str, int]:
     kept = rows.kept if isinstance(rows, RowFile) else {}
     counts = _count(kept.values(), {"studies": len(sources), "errors": 0, "refused": 0, "resumed": len(kept)})
+    for row in kept.values():  # those are not tried again
+        if "error" in row and on_unread is not None:
+            on_unread(row["source"], row["error"])
     missing = [source for source in sources if source.name not in kept]
     hidden = True if len(sources) < 2 else None  # None: unless stderr is a terminal
     answers = reporter(iter([_images(source) for source in missing]))
@@ -143,13 +144,12 @@ def load_reporter(model: str | Path, device: str | torch.device) -> M3FMReportPi
 
 
 def _run_record(model: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    check = Path(model) / CHECK_FILE
     return {
         "notice": NOTICE,
         "task": M3FMReportPipeline.task,
         "model": Path(model).resolve().name,
         "model_sha256": hash_checkpoint(model),
-        "input_check_sha256": hashlib.sha256(check.read_bytes()).hexdigest() if check.is_file() else None,
+        "input_check_sha256": hash_input_check(model),
         **settings,
     }
 

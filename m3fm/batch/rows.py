@@ -211,7 +211,8 @@ class RowFile:
             raise ValueError(f"{self.path} exists, and not as a table of m3fm: expected another output.") from None
         if changed:
             raise ValueError(
-                f"{self.path} was made with another {', '.join(changed)}: expected another output, or no resume."
+                f"{self.path} was made with another {', '.join(changed)}: expected another output, or to begin anew "
+                "(--overwrite)."
             )
 
     def __enter__(self) -> "RowFile":
@@ -232,7 +233,7 @@ class RowFile:
         if strangers := self.kept.keys() - set(sources):
             raise ValueError(
                 f"{self.path} holds {len(strangers)} studies that are not among the files: expected another output, "
-                "or no resume."
+                "or to begin anew (--overwrite)."
             )
 
     def write(self, rows: Sequence[Row]) -> None:

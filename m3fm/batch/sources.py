@@ -44,7 +44,7 @@ class StudySource:
     images: tuple[Path, ...]
 
 
-def find_sources(files: str | Path | Sequence[str | Path]) -> list[StudySource]:
+def find_sources(files: str | Path | Sequence[str | Path | StudySource]) -> list[StudySource]:
     """Finds the studies in what a user names.
 
     - A folder with `metadata.jsonl` has the studies of that list; there, rows that say `"modality": "ct"` are a study
@@ -60,7 +60,7 @@ def find_sources(files: str | Path | Sequence[str | Path]) -> list[StudySource]:
     its files, `a.png;b.png`; by the first and how many more, `a.dcm;+299`, where they are more than four.
 
     Args:
-        files: A folder, a list or an image, or several of these.
+        files: A folder, a list or an image, or several of these; a `StudySource` is taken as it is.
 
     Returns:
         The studies, at least one, each with a name of its own.
@@ -74,7 +74,8 @@ def find_sources(files: str | Path | Sequence[str | Path]) -> list[StudySource]:
         raise ValueError("Expected files or a folder of images, got none.")
     found: dict[str, StudySource] = {}
     for each in given:
-        for source in _sources_of(os.fspath(each), is_alone=len(given) == 1):
+        is_found = isinstance(each, StudySource)
+        for source in [each] if is_found else _sources_of(os.fspath(each), is_alone=len(given) == 1):
             source = StudySource(_as_text(source.name), source.images)
             if found.setdefault(source.name, source) is not source:
                 raise ValueError(f"Expected each study once, got {source.name} more than once.")
@@ -87,8 +88,12 @@ def _as_text(name: str) -> str:
 
 
 def _sources_of(given: str, is_alone: bool) -> list[StudySource]:
+    if "://" in given:
+        raise ValueError(f"{given.partition('?')[0]}: is an address, which is opened only if asked to (--download).")
     path = Path(given)
     if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            return [StudySource(given, (path,))]  # reading it says so, and the others go on
         listed = path / METADATA
         sources = list(_from_list(listed) if listed.is_file() else _from_folder(path))
         if not sources:
@@ -137,12 +142,16 @@ def _from_folder(folder: Path) -> Iterator[StudySource]:
 
 
 def _damaged_images(folder: Path, images: Container[Path]) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if is_hidden or path in images or not path.name.lower().endswith(IMAGE_SUFFIXES) or not path.is_file():
-            continue
-        if path_kind(path) is None:  # and not what was left out for another reason, such as a preview
-            yield path
+    """Yields files that by their names are images and by their content none, and what may not be opened."""
+    closed: list[str] = []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent) / name for name in files if not name.startswith(".")):
+            if path in images or (path.is_file() and path_kind(path) is not None):  # a preview, say
+                continue
+            if path.name.lower().endswith(IMAGE_SUFFIXES) or (path.is_file() and not os.access(path, os.R_OK)):
+                yield path
+    yield from map(Path, closed)
 
 
 def _count_below(paths: Iterable[Path], folder: Path) -> Mapping[Path, int]:
@@ -229,7 +238,7 @@ def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mappin
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not row.keys() & set(columns):
-            raise ValueError(f"{place}: expected a JSON object with a {' or '.join(columns)}.")
+            raise ValueError(f"{place}: expected a JSON object with {' or '.join(columns)}.")
         yield place, row
 
 

@@ -26,7 +26,7 @@ from ..batch.rows import CsvTable, JsonLines, Row, RowFile, StreamRows, check_ou
 from ..batch.sources import StudySource, find_sources
 from ..diagnosis_pipeline_m3fm import M3FMDiagnosisPipeline, ScoredLabels
 from ..evaluation.label_file import YAML_SUFFIXES, read_content
-from ..evaluation.reporter import checkpoint_folder, hash_checkpoint
+from ..evaluation.reporter import checkpoint_folder, hash_checkpoint, hash_input_check
 from ..evaluation.runs import NOTICE
 
 COLUMNS = (
@@ -167,6 +167,7 @@ def _run_record(model: str | Path, scored: ScoredLabels, settings: Mapping[str, 
         "notice": NOTICE,
         "model": Path(model).resolve().name,
         "model_sha256": hash_checkpoint(model),
+        "input_check_sha256": hash_input_check(model),
         "on_suspect": settings["on_suspect"],
         "exclusive": settings["exclusive"],
         "report_language": settings["report_language"],
@@ -214,10 +215,10 @@ def _seen(check: Mapping[str, Any] | None) -> str | None:
 
 def _open_table(
     path: Path | None,
-    format: str,
+    format: str,  # noqa: A002
     scored: ScoredLabels,
     run: Mapping[str, Any],
-    resume: bool,  # noqa: A002
+    resume: bool,
 ) -> RowFile | StreamRows:
     if path is None:
         return StreamRows(sys.stdout, FORMATS[format].line, FORMATS[format].head())

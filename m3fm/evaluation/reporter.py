@@ -150,6 +150,12 @@ def checkpoint_folder(model_dir: str | Path) -> Path:
     return folder
 
 
+def hash_input_check(model_dir: str | Path) -> str | None:
+    """Returns the SHA-256 of a checkpoint folder's input check, as hex; None where it brings none."""
+    path = checkpoint_folder(model_dir) / CHECK_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def hash_checkpoint(model_dir: str | Path) -> str:
     """Returns the SHA-256 over the weights and settings of a checkpoint folder, as hex."""
     digest = hashlib.sha256()

@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_with_the_same_settings_only(folder, options, tmp_
         ({"max_new_tokens": 5}, "max_new_tokens"),
         ({"on_suspect": "warn"}, "on_suspect"),
     ):
-        with pytest.raises(ValueError, match=f"made with another {name}: expected another output, or no resume"):
+        with pytest.raises(ValueError, match=f"made with another {name}: expected another output, or to begin anew"):
             report_files(folder, output=path, **{**options, **changed})
     assert report_files(folder, language="zh", output=path, resume=False, **options)["resumed"] == 0
     assert "report_zh" in read(path)[0]

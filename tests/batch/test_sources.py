@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3fm.batch.sources import find_sources
+from m3fm.batch.sources import StudySource, find_sources
 from m3fm.study_files_m3fm import find_images
 from tests.dicom_files import SECRET, ct_slice, radiograph, write_dicom
 
@@ -235,11 +235,11 @@ def test_bad_rows_of_csv_are_named(content, line, reason, tmp_path):
     ("content", "line", "reason"),
     [
         ('{"image": "a.png"}\n{"image": \n', 2, "expected a JSON object"),
-        ('["a.png"]\n', 1, "expected a JSON object with a image or file_name or path"),
+        ('["a.png"]\n', 1, "expected a JSON object with image or file_name or path"),
         ('{"image": 1}\n', 1, "expected image to be the path"),
         ('{"image": []}\n', 1, "expected image to be the path"),
         ('{"image": ["a.png", null]}\n', 1, "expected image to be the path"),
-        ('{"images": "a.png"}\n', 1, "expected a JSON object with a image or file_name or path"),
+        ('{"images": "a.png"}\n', 1, "expected a JSON object with image or file_name or path"),
         ('{"image": "a.png", "study_id": [1]}\n', 1, "expected study_id to be text or a whole number"),
         ("[" * 100000, 1, "expected a JSON object"),
     ],
@@ -258,3 +258,28 @@ def test_lists_without_rows_and_absent_ones_are_refused(tmp_path):
             find_sources(tmp_path / "list.csv")
     with pytest.raises(ValueError, match=r"absent\.jsonl: no such file"):
         find_sources(tmp_path / "absent.jsonl")
+
+
+def test_addresses_and_studies_that_were_found_before(folder):
+    with pytest.raises(ValueError, match=r"^https://example\.org/a\.dcm: is an address.*--download"):
+        find_sources("https://example.org/a.dcm?token=s3cret")
+    given = StudySource("https://example.org/a.dcm", (folder / "b.png",))
+    assert find_sources([given]) == [given]
+
+
+def test_a_name_that_only_sounds_like_a_preview_is_an_image(folder):
+    for name in ("thumbs.png", "a_thumb.png", "thumbnail2.png", "Thumbwala.png"):
+        (folder / name).write_bytes((folder / "b.png").read_bytes())
+    assert {name for name in found(folder) if "humb" in name} == {"Thumbwala.png"}
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may open every file")
+def test_what_may_not_be_opened_is_a_study_whose_reading_says_so(folder):
+    write_dicom(folder / "IM0001", radiograph()).chmod(0)
+    (folder / "closed").mkdir(mode=0)
+    assert {"IM0001", "closed"} <= found(folder).keys()
+
+
+def test_a_broken_link_with_the_name_of_an_image_is_not_lost(folder):
+    (folder / "gone.png").symlink_to(folder / "absent.png")
+    assert "gone.png" in found(folder)

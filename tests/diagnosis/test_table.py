@@ -218,7 +218,7 @@ def test_odd_sources_are_refused(checkpoint, folder, tmp_path):
     with pytest.raises(ValueError, match="no chest image in this folder"):
         diagnose_files(tmp_path / "empty", LABELS, tmp_path / "out.csv", model=checkpoint)
     (folder / "metadata.jsonl").write_text('{"image": 1}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: expected a JSON object with a file_name"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: expected a JSON object with file_name"):
         diagnose_files(folder, LABELS, tmp_path / "out.csv", model=checkpoint)
 
 

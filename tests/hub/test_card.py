@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from m3fm import DEFAULT_CHECKPOINT
+from m3fm.chest_image_m3fm import REMARKS
 from m3fm.hub.card import fill_tables, main
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +50,17 @@ def test_the_card_travels_with_the_weights():
         ("docs/explain.md", RESULTS),
         ("docs/training.md", RESULTS),
         ("docs/evaluation.md", RESULTS.parent),
+        ("docs/input.md", RESULTS.parent),
     ],
 )
 def test_pages_print_what_was_measured(name, results):
     page = (ROOT / name).read_text(encoding="utf-8")
     assert "<!-- table: " in page
     assert fill_tables(page, results) == page
+
+
+def test_every_remark_is_explained():
+    page = (ROOT / "docs" / "input.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- codes -->\n")[2].partition("<!-- end codes -->")[0]
+    rows = [f"| `{code}` | {meaning} |" for code, meaning in REMARKS.items()]
+    assert table == "\n".join(["| code | says |", "|---|---|", *rows, ""])
