@@ -3,7 +3,8 @@
 
 Processes and not threads: parsing DICOM and TIFF holds Python's lock, what silences warnings is not safe among
 threads, and a decoder in C that crashes takes its process with it. Each worker has one study at a time, so that a
-crash or a hang is the error of that study, and the others go on.
+crash or a hang is the error of that study, and the others go on. What passes between the processes is pickled, as
+multiprocessing does: it comes from the process's own child or parent, never from a file.
 """
 
 import contextlib
