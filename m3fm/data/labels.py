@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from .schema import LabelState
+
 __all__ = [
     "FINDINGS",
     "Finding",
@@ -27,6 +29,7 @@ __all__ = [
     "label_sources",
     "label_vector",
     "missing_labels_mean_none",
+    "shared_findings",
 ]
 
 NO_FINDING = "no_finding"
@@ -204,15 +207,76 @@ def canonical_findings(labels: Iterable[str], source: str, denied: Iterable[str]
         raise ValueError(f"labels must be a list of names, got the string {labels!r}")
     findings = dict.fromkeys(sorted(spec.exhaustive.union(denied)), 0.0)
     for label in labels:
-        if label not in spec.labels:
-            near = difflib.get_close_matches(str(label), spec.labels, n=1, cutoff=0.0)
-            raise ValueError(f"{source} has no label {label!r}; the nearest it has is {near[0]!r}")
+        _check_label(label, spec, source)
         for finding, value in spec.labels[label].items():
             findings[finding] = max(value, findings.get(finding, 0.0))
     abnormal = [name for name, value in findings.items() if value > 0 and name not in _COMPATIBLE_WITH_NORMAL]
     if abnormal:
         findings[NO_FINDING] = 0.0
     return {name: findings[name] for name in FINDINGS if name in findings}
+
+
+def shared_findings(labels: Mapping[str, LabelState], source: str) -> dict[str, LabelState]:
+    """Translate what a set says of its own labels into the shared label space.
+
+    A finding is positive where a label that means it is, else uncertain where one is uncertain, else negative where a
+    label denies it or all labels that mean it are negative: "no nodule" alone does not deny a lesion of a set that
+    also labels masses. "No finding" is negative as soon as an abnormality is positive.
+
+    Args:
+        labels: The set's own names to their states.
+        source: The data set, one of `label_sources()`.
+
+    Returns:
+        Finding to state, in the order of `FINDINGS`; findings that nothing is said of are left out.
+
+    Raises:
+        ValueError: For a source that is not known, or a label that the source does not have.
+    """
+    spec = _source(source)
+    for label in labels:
+        _check_label(label, spec, source)
+    stated: dict[str, LabelState] = {}
+    for finding, meaning in _meanings(source).items():
+        means = [labels.get(label, LabelState.UNMENTIONED) for label in meaning.present]
+        denies = any(labels.get(label) is LabelState.POSITIVE for label in meaning.absent)
+        if LabelState.POSITIVE in means:
+            stated[finding] = LabelState.POSITIVE
+        elif LabelState.UNCERTAIN in means:
+            stated[finding] = LabelState.UNCERTAIN
+        elif denies or (means and all(state is LabelState.NEGATIVE for state in means)):
+            stated[finding] = LabelState.NEGATIVE
+    positive = {name for name, state in stated.items() if state is LabelState.POSITIVE}
+    if positive - _COMPATIBLE_WITH_NORMAL:
+        stated[NO_FINDING] = LabelState.NEGATIVE
+    return {name: stated[name] for name in FINDINGS if name in stated}
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """The labels of a source that state a finding, and those that deny it."""
+
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+@cache
+def _meanings(source: str) -> dict[str, _Meaning]:
+    labels = _source(source).labels
+    findings = {finding for meaning in labels.values() for finding in meaning}
+    return {
+        finding: _Meaning(
+            present=tuple(label for label, meaning in labels.items() if meaning.get(finding, 0.0) > 0),
+            absent=tuple(label for label, meaning in labels.items() if meaning.get(finding) == 0.0),
+        )
+        for finding in findings
+    }
+
+
+def _check_label(label: str, spec: _Source, source: str) -> None:
+    if label not in spec.labels:
+        near = difflib.get_close_matches(str(label), spec.labels, n=1, cutoff=0.0)
+        raise ValueError(f"{source} has no label {label!r}; the nearest it has is {near[0]!r}")
 
 
 def label_vector(findings: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
