@@ -11,17 +11,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-NOTICE = "For research only. Not a medical device: reports may be wrong; base no decision about a patient on them."
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 2, 130, 141
-
-_EXIT_CODES = """\
-exit codes:
-  0    all went well
-  2    a study could not be read or was refused (the others are still reported), or an option, a model or a recipe is
-       wrong
-  130  interrupted by Ctrl-C; what was finished is written
-  141  the program that read the output went away
-"""
+from m3fm_data_cli import DATA, add_data
+from m3fm_options import (
+    EXIT_CODES,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PIPE_CLOSED,
+    NOTICE,
+    Parser,
+    count,
+    number,
+)
 
 _MAIN = f"""\
 Chest X-ray and CT reports in English and Chinese, offline.
@@ -37,7 +37,7 @@ examples:
 
 `m3fm COMMAND --help` explains a command.
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _REPORT = """\
 Write reports for chest images: PNG, JPEG, TIFF, BMP, WebP, and with m3fm[medical] DICOM and NIfTI.
@@ -71,7 +71,7 @@ output fields (json: one list; jsonl: one object a line; UTF-8):
 
 Errors, the progress bar and the notice go to stderr.
 
-{_EXIT_CODES}
+{EXIT_CODES}
 {NOTICE}
 """
 
@@ -88,7 +88,7 @@ examples:
   m3fm diagnose scans/ --format jsonl --output out.jsonl
       the findings that the checkpoint is calibrated for
 
-{_EXIT_CODES}
+{EXIT_CODES}
 {NOTICE}
 """
 
@@ -105,7 +105,7 @@ examples:
   m3fm calibrate mine-calibrated --model runs/mine --data /data/cov_ctr
       a checkpoint of your own
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _EXPLAIN = """\
 Show where an image says what: a heat map for a phrase or a finding, or for each sentence of the written report.
@@ -120,7 +120,7 @@ examples:
   m3fm explain ct.nii.gz --phrase 磨玻璃影 --report-language zh --output maps
       every slice of a CT and how much each counts; and what in the image each sentence of the report stands on
 
-{_EXIT_CODES}
+{EXIT_CODES}
 {NOTICE}
 """
 
@@ -143,7 +143,7 @@ examples:
 output: the checkpoint with its processor, run.json (settings and validation scores), history.json and curves.png,
 in the recipe's output_dir.
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _EVALUATE = """\
 Score a checkpoint on a data folder, beside what any score must be read against: constant, random and nearest-neighbour
@@ -167,7 +167,7 @@ output: tables on the screen; in the output folder metrics.json with the scores,
 for reports and diagnosis report.html, predictions.jsonl and features/ (a stopped run goes on after them).
 predictions.jsonl and report.html hold reports, and report.html images of the data: they are as private as it is.
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _COMPARE = """\
 Compare two evaluated checkpoints on the same studies: differences with intervals and p-values, resampling patients.
@@ -182,7 +182,7 @@ examples:
   m3fm compare scores/first scores/second --num-resamples 10000 --seed 1
       with finer p-values, from other resamples
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _EXPORT = """\
 Write a checkpoint as a folder of its own, without what a training run left beside it.
@@ -197,7 +197,7 @@ examples:
   m3fm export mine --model runs/mine --remote-code
       a checkpoint of your own
 
-{_EXIT_CODES}"""
+{EXIT_CODES}"""
 
 _TRACEBACK = "show where an error was raised, for a bug report"
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
-    parser = _Parser(prog="m3fm", description=_MAIN, epilog=_MAIN_EPILOG)
+    parser = Parser(prog="m3fm", description=_MAIN, epilog=_MAIN_EPILOG)
     parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands.add_parser("report", help="write reports", description=_REPORT, epilog=_REPORT_EPILOG))
@@ -271,16 +271,11 @@ def build_parser() -> argparse.ArgumentParser:
             "export", help="write a checkpoint as a folder", description=_EXPORT, epilog=_EXPORT_EPILOG
         )
     )
-    for command in commands.choices.values():  # suppressed, so that it does not undo what stood before the command
+    data = commands.add_parser("data", help="look at, convert, split and translate data sets", description=DATA)
+    data_commands = add_data(data)
+    for command in (*commands.choices.values(), *data_commands):  # suppressed, so that it does not undo what stood before the command
         command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=_TRACEBACK)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Keeps the line breaks of the texts above, and takes no shortened option for another."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -377,7 +372,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="paper: which sets and how (default: the one that ships)")
     parser.add_argument("--java-meteor", action="store_true", help="reports: METEOR with synonyms too; needs Java")
     parser.add_argument("--bertscore-model", metavar="DIR", help="reports: BERTScore with this text encoder")
-    parser.add_argument("--num-resamples", type=_count, metavar="N", help="for intervals (default: 1000)")
+    parser.add_argument("--num-resamples", type=count, metavar="N", help="for intervals (default: 1000)")
     parser.add_argument("--seed", type=int, help="of random reports, shuffles and resamples (default: 0)")
     _add_decoding(parser, batch_size=8)
 
@@ -386,7 +381,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="FIRST", help="the output folder of an evaluation")
     parser.add_argument("second", metavar="SECOND", help="another one, of the same studies")
     parser.add_argument("--output", metavar="FILE", help="write the comparison there as JSON too")
-    parser.add_argument("--num-resamples", type=_count, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--num-resamples", type=count, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
@@ -411,37 +406,25 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         help="what to do with images that are plainly not a chest (default: refuse)",
     )
     parser.add_argument(
-        "--num-workers", type=_number, default=0, metavar="N", help="processes that read ahead (default: 0)"
+        "--num-workers", type=number, default=0, metavar="N", help="processes that read ahead (default: 0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="begin the output anew, also if it can go on")
 
 
 def _add_running(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
-        "--batch-size", type=_count, default=batch_size, metavar="N", help=f"studies at once (default: {batch_size})"
+        "--batch-size", type=count, default=batch_size, metavar="N", help=f"studies at once (default: {batch_size})"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: cpu)")
 
 
 def _add_decoding(parser: argparse.ArgumentParser, batch_size: int) -> None:
     _add_running(parser, batch_size)
-    parser.add_argument("--num-beams", type=_count, metavar="N", help="default: the checkpoint's")
-    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="longest report")
+    parser.add_argument("--num-beams", type=count, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="longest report")
 
 
 def _shots(text: str) -> int | str:
     if text != "full" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected 0, a whole number or full, got {text!r}")
     return text if text == "full" else int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)

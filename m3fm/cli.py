@@ -1,5 +1,5 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""What the commands of `m3fm` do; what may be typed stands in `m3fm_cli.py`."""
+"""What the commands of `m3fm` do; what may be typed stands in `m3fm_cli.py` and `m3fm_data_cli.py`."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from m3fm_cli import EXIT_ERROR, NOTICE
+from m3fm_options import EXIT_ERROR, NOTICE
 
 from . import DEFAULT_CHECKPOINT
 from .batch.report import report_files
@@ -293,6 +293,13 @@ def export(args: Namespace) -> int:
     return 0
 
 
+def data(args: Namespace) -> int:
+    """Runs a command of `m3fm data`."""
+    from .data.commands import COMMANDS as DATA_COMMANDS
+
+    return DATA_COMMANDS[args.data_command](args)
+
+
 COMMANDS = {
     "report": report,
     "diagnose": diagnose,
@@ -302,6 +309,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "export": export,
+    "data": data,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

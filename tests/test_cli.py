@@ -347,7 +347,7 @@ def test_wrong_option_is_a_usage_error(words, capsys):
 
 
 def test_every_command_is_done_somewhere():
-    commands = {"report", "diagnose", "calibrate", "explain", "train", "evaluate", "compare", "export"}
+    commands = {"report", "diagnose", "calibrate", "explain", "train", "evaluate", "compare", "export", "data"}
     assert set(cli.COMMANDS) == commands
 
 

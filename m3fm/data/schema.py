@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import datasets
@@ -24,6 +24,7 @@ __all__ = [
     "LabelState",
     "Mask",
     "ReportText",
+    "StoredBytes",
     "StudyRecord",
     "features",
 ]
@@ -41,24 +42,41 @@ class LabelState(StrEnum):
     POSITIVE = "positive"
 
 
+class StoredBytes(Protocol):
+    """Bytes that lie in a shard, read when they are needed."""
+
+    def read(self, size: int = -1) -> bytes:
+        """Return them from the start, at most `size` of them where that is not negative."""
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """Name one image; it is read when it is needed.
 
     Attributes:
         path: The file; within a shard, the name that it had.
-        data: Its bytes, where it lies in a shard and not in a file.
+        data: Its bytes, or what reads them when asked to, where it lies in a shard and not in a file.
         view: "PA", "AP", "LATERAL", "AXIAL" or what else the set says; None where it says nothing.
     """
 
     path: Path | None = field(repr=False)
-    data: bytes | None = field(default=None, repr=False)
+    data: bytes | StoredBytes | None = field(default=None, repr=False)
     view: str | None = None
 
     @property
     def source(self) -> Any:
-        """What `M3FMProcessor` and `read_image` take: a path, or bytes."""
+        """What `M3FMProcessor` and `read_image` take: a path, bytes, or what has `read()`."""
         return self.path if self.data is None else self.data
+
+    def read(self) -> bytes:
+        """Return the bytes of the file.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        if self.data is None:
+            return self.path.read_bytes()
+        return self.data if isinstance(self.data, bytes) else self.data.read()
 
 
 @dataclass(frozen=True)
@@ -172,7 +190,10 @@ class StudyRecord:
             "documents": list(self.documents),
             "split": self.split,
             "modality": self.modality,
-            "images": [{"bytes": each.data, "path": _text(each.path)} for each in self.images],
+            "images": [
+                {"bytes": None if each.data is None else each.read(), "path": _text(each.path)}
+                for each in self.images
+            ],
             "views": [each.view for each in self.images],
             **texts,
             "translated": [code for code, report in self.reports.items() if report.is_translated],

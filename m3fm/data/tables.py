@@ -21,7 +21,16 @@ from typing import Any, TypeVar
 __all__ = ["BAD_KINDS", "BadRow", "Reading", "Row", "open_text", "read_csv", "read_jsonl"]
 
 #: What may be wrong with a row.
-BAD_KINDS = ("missing_file", "bad_label", "bad_encoding", "duplicate_id", "wrong_column", "bad_value", "not_a_row")
+BAD_KINDS = (
+    "missing_file",
+    "unreadable_image",
+    "bad_label",
+    "bad_encoding",
+    "duplicate_id",
+    "wrong_column",
+    "bad_value",
+    "not_a_row",
+)
 _MAX_EXAMPLES = 20
 _IDENTIFIERS = ("study_id", "patient_id")
 
@@ -94,7 +103,8 @@ class Reading:
             BadRow: If it is not.
         """
         if self.images == "required" and not path.is_file():
-            raise row.bad("missing_file", f"the image file that the row names is not in {path.parent}")
+            # The folders of many sets are named after patients, so that no path is told.
+            raise row.bad("missing_file", "the image file that the row names is not there")
         return path
 
     def summary(self) -> str:
@@ -217,6 +227,8 @@ def read_csv(
         names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter))] if head else []
         if missing := [column for column in columns if column not in names]:
             raise BadRow("wrong_column", path, 1, f"expected the columns {missing}, got {names}")
+        # Spreadsheets leave commas at the end of the head, which rows need not have.
+        needed = max((number for number, name in enumerate(names, start=1) if name), default=0)
         while (line := next(lines, None)) is not None:
             if not line.strip():
                 continue
@@ -224,6 +236,8 @@ def read_csv(
             fields = _fields(line, delimiter)
             if fields is None and has_long_text:
                 fields = _long_fields(line, lines, delimiter, len(names))
+            if fields is not None and needed <= len(fields) < len(names):
+                fields += [""] * (len(names) - len(fields))
             try:
                 yield _row(path, start, names, fields)
             except BadRow as error:

@@ -1,0 +1,333 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""Convert a data set to Parquet shards that `datasets.load_dataset` and `m3fm.data.open_set` read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..read_ahead_m3fm import read_ahead
+from .data_card import data_card
+from .opening import OpenSet
+from .pseudonyms import Pseudonyms
+from .schema import StudyRecord, features
+from .sets.parquet import MANIFEST
+from .stored_images import ImageStore
+from .tables import BadRow
+
+__all__ = ["convert_set"]
+
+#: The part of studies for which the set states none.
+UNSPLIT = "unsplit"
+_FORMAT = 1
+# A row group is what a reader holds in memory; pages of the hub's viewer are of this size too.
+_GROUP_ROWS, _GROUP_BYTES = 100, 64 << 20
+_NOT_IN_NAMES = re.compile(r"\W+")
+
+
+def convert_set(
+    opened: OpenSet,
+    output: str | Path,
+    store: ImageStore | None = None,
+    parts: Mapping[str, str] | None = None,
+    pseudonyms: Pseudonyms | None = None,
+    shard_bytes: int = 500 << 20,
+    num_workers: int = 0,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Write the studies of a data set as Parquet shards, streaming, with a progress bar.
+
+    `output` gets `data/PART-NNNNN.parquet`, a `README.md` (a dataset card that `load_dataset(output)` reads) and
+    `m3fm.json` (settings, counts, bad rows). A stopped run goes on after its last whole shards.
+
+    Args:
+        opened: The set, from `open_set`.
+        output: A folder, made if missing.
+        store: How images are stored; None: as bytes, DICOM without its headers.
+        parts: Study id to part, from a split document (`m3fm.data.splits`); studies that are not in it are left out.
+            None: the parts that the set states.
+        pseudonyms: What ids are replaced by; None keeps them.
+        shard_bytes: About how large a shard grows, in bytes before compression.
+        num_workers: Processes that read images ahead.
+        resume: Whether a stopped run goes on; else the output is made anew.
+
+    Returns:
+        What `m3fm.json` says.
+
+    Raises:
+        ValueError: If the output holds something else, the set changed since the run that is resumed, or as the
+            set's reading says.
+        ImportError: If pyarrow or `datasets` is not installed.
+    """
+    output, store = Path(output), store or ImageStore()
+    settings = {
+        "set": opened.set.name,
+        "split": opened.split,
+        "images": store.mode,
+        "size": store.size,
+        "parts": None if parts is None else _digest(f"{study}\t{part}" for study, part in sorted(parts.items())),
+        "pseudonyms": None if pseudonyms is None else pseudonyms.fingerprint,
+    }
+    if pseudonyms is not None and store.mode == "paths":
+        raise ValueError("pseudonyms need images='bytes': paths may name patients")
+    manifest = _open_manifest(output, settings, resume)
+    writer = _ShardWriter(output, manifest, shard_bytes)
+    records = _with_parts(opened, parts)
+    with tqdm(desc=f"convert {opened.set.name}", unit="study") as bar:
+        records = writer.skip_written(records, bar)
+        for result, record in _stored(records, store, num_workers):
+            bar.update()
+            if result.error is None:
+                writer.write(result.value if pseudonyms is None else pseudonyms.replace(result.value))
+            elif isinstance(result.error, (ValueError, OSError)):
+                opened.reading.tell(_unreadable(record, result.error))
+                writer.pass_over(record)
+            else:
+                raise result.error
+    writer.close()
+    manifest.bad_rows = {f"{file}: {kind}": count for (file, kind), count in sorted(opened.reading.counts.items())}
+    if not manifest.shards:
+        raise ValueError(f"{opened.root}: no study to convert. {opened.reading.summary()}".strip())
+    manifest.complete = True
+    manifest.save(output)
+    (output / "README.md").write_text(data_card(opened.set, manifest.as_dict()), encoding="utf-8")
+    return manifest.as_dict()
+
+
+def _with_parts(opened: OpenSet, parts: Mapping[str, str] | None) -> Iterator[StudyRecord]:
+    for record in opened:
+        if parts is None:
+            yield record
+        elif record.study_id in parts:
+            yield replace(record, split=parts[record.study_id])
+
+
+def _stored(records: Iterator[StudyRecord], store: ImageStore, num_workers: int) -> Iterator[tuple[Any, StudyRecord]]:
+    """Yield what became of each record, and the record, in order; images are read ahead."""
+    waiting: list[StudyRecord] = []
+
+    def remembered() -> Iterator[StudyRecord]:
+        for record in records:
+            waiting.append(record)
+            yield record
+
+    for result in read_ahead(store, remembered(), num_workers):
+        yield result, waiting.pop(0)
+
+
+def _unreadable(record: StudyRecord, error: Exception) -> BadRow:
+    first = record.images[0].path if record.images else Path(record.source)
+    return BadRow("unreadable_image", first, None, f"an image of the study cannot be stored: {error}")
+
+
+def _digest(lines: Any) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a stopped run goes on from
+
+
+@dataclass
+class _Manifest:
+    """What a conversion is and how far it has come.
+
+    Attributes:
+        settings: Those that make another output.
+        shards: A row each: file, part, rows, studies (rows and those passed over), digest of the study ids, and rows by
+            modality and by language of their text.
+        bad_rows: Counts by file and kind.
+        complete: Whether all is written.
+    """
+
+    settings: dict[str, Any]
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        studies: Counter[str] = Counter()
+        modalities: Counter[str] = Counter()
+        languages: Counter[str] = Counter()
+        for shard in self.shards:
+            studies[shard["part"]] += shard["rows"]
+            modalities.update(shard["modalities"])
+            languages.update(shard["languages"])
+        counts = {"studies": dict(studies), "modalities": dict(modalities), "languages": dict(languages)}
+        return {"format": _FORMAT, **counts, **vars(self)}
+
+    def save(self, output: Path) -> None:
+        draft = output / f"{MANIFEST}.tmp"
+        draft.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, output / MANIFEST)
+
+
+def _open_manifest(output: Path, settings: dict[str, Any], resume: bool) -> _Manifest:
+    path, data = output / MANIFEST, output / "data"
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if resume and saved.get("settings") == settings and saved.get("format") == _FORMAT:
+            return _Manifest(settings, saved["shards"])
+        if resume:
+            raise ValueError(
+                f"{output}: holds a conversion with other settings ({saved.get('settings')}); got {settings}. Choose "
+                "another folder, or overwrite it"
+            )
+        for shard in (*data.glob("*.parquet"), *data.glob("*.tmp")):
+            shard.unlink()
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: expected a new or empty folder, or that of a conversion")
+    data.mkdir(parents=True, exist_ok=True)
+    manifest = _Manifest(settings)
+    manifest.save(output)
+    return manifest
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+@dataclass
+class _OpenShard:
+    """One shard that is being written.
+
+    Attributes:
+        studies: Taken from the set for it, those passed over included.
+    """
+
+    file: Path
+    writer: Any
+    rows: int = 0
+    bytes: int = 0
+    studies: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    modalities: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    waiting_bytes: int = 0
+
+
+class _ShardWriter:
+    """Writes rows into the shard of their part; a shard has its name once it is whole."""
+
+    def __init__(self, output: Path, manifest: _Manifest, shard_bytes: int):
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ImportError('Parquet files need pyarrow: pip install "m3fm[data]"') from None
+        self._parquet = pyarrow.parquet
+        self._features = features()
+        self._schema = self._features.arrow_schema
+        self._output, self._manifest, self._shard_bytes = output, manifest, shard_bytes
+        self._open: dict[str, _OpenShard] = {}
+
+    def skip_written(self, records: Iterator[StudyRecord], bar: tqdm) -> Iterator[StudyRecord]:
+        """Yield the records that no whole shard holds yet.
+
+        Raises:
+            ValueError: If those before are not the ones that were written.
+        """
+        whole: dict[str, list[dict[str, Any]]] = {}
+        for shard in self._manifest.shards:
+            whole.setdefault(shard["part"], []).append(shard)
+        taken: dict[str, list[Any]] = {part: [0, hashlib.sha256()] for part in whole}
+        for record in records:
+            part = _part(record)
+            if not whole.get(part):
+                yield record
+                continue
+            count_and_digest = taken[part]
+            count_and_digest[0] += 1
+            count_and_digest[1].update(_mark(record))
+            bar.update()
+            shard = whole[part][0]
+            if count_and_digest[0] == shard["studies"]:
+                if count_and_digest[1].hexdigest() != shard["digest"]:
+                    raise ValueError(f"{self._output}: the set has changed since this run was stopped; overwrite it")
+                whole[part].pop(0)
+                taken[part] = [0, hashlib.sha256()]
+        if any(whole.values()):
+            raise ValueError(f"{self._output}: the set has fewer studies than when this run was stopped; overwrite it")
+
+    def write(self, record: StudyRecord) -> None:
+        shard = self._take(record)
+        row = self._features.encode_example(record.as_row())
+        size = sum(len(each["bytes"] or b"") for each in row["images"]) + 1024
+        shard.waiting.append(row)
+        shard.waiting_bytes += size
+        shard.rows += 1
+        shard.bytes += size
+        shard.modalities[record.modality] += 1
+        shard.languages.update(code for code, report in record.reports.items() if report.text)
+        if len(shard.waiting) >= _GROUP_ROWS or shard.waiting_bytes >= _GROUP_BYTES:
+            self._flush(shard)
+        if shard.bytes >= self._shard_bytes:
+            self._finish(_part(record))
+
+    def pass_over(self, record: StudyRecord) -> None:
+        """Take account of a study that cannot be written, so that a resumed run counts as this one did."""
+        self._take(record)
+
+    def close(self) -> None:
+        for part in list(self._open):
+            self._finish(part)
+
+    def _take(self, record: StudyRecord) -> _OpenShard:
+        part = _part(record)
+        if part not in self._open:
+            number = sum(shard["part"] == part for shard in self._manifest.shards)
+            file = self._output / "data" / f"{part}-{number:05d}.parquet"
+            writer = self._parquet.ParquetWriter(file.with_suffix(".tmp"), self._schema, compression="zstd")
+            self._open[part] = _OpenShard(file, writer)
+        shard = self._open[part]
+        shard.studies += 1
+        shard.digest.update(_mark(record))
+        return shard
+
+    def _flush(self, shard: _OpenShard) -> None:
+        import pyarrow
+
+        if shard.waiting:
+            shard.writer.write_table(pyarrow.Table.from_pylist(shard.waiting, schema=self._schema))
+        shard.waiting, shard.waiting_bytes = [], 0
+
+    def _finish(self, part: str) -> None:
+        shard = self._open.pop(part)
+        self._flush(shard)
+        shard.writer.close()
+        os.replace(shard.file.with_suffix(".tmp"), shard.file)
+        self._manifest.shards.append(
+            {
+                "file": f"data/{shard.file.name}",
+                "part": part,
+                "rows": shard.rows,
+                "studies": shard.studies,
+                "digest": shard.digest.hexdigest(),
+                "modalities": dict(shard.modalities),
+                "languages": dict(shard.languages),
+            }
+        )
+        self._manifest.save(self._output)
+
+
+def _part(record: StudyRecord) -> str:
+    """Return the name of a part as `datasets` allows it."""
+    return _NOT_IN_NAMES.sub("_", record.split) if record.split else UNSPLIT
+
+
+def _mark(record: StudyRecord) -> bytes:
+    return hashlib.sha256(record.study_id.encode()).digest()
