@@ -166,20 +166,30 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_translate(parser: argparse.ArgumentParser) -> None:
-    _add_set(parser, on_bad="raise")
+    parser.add_argument("path", metavar="PATH", help="a data set, or a file of texts (JSON lines, CSV, TSV)")
     parser.add_argument("--to", required=True, choices=("en", "zh"), help="language that is wanted")
     parser.add_argument(
         "--translator", required=True, metavar="MODULE:NAME|DIR", help="a Python callable, or a model folder"
     )
+    parser.add_argument(
+        "--source-token", metavar="CODE", help="what a model folder's tokenizer calls the source language"
+    )
+    parser.add_argument("--target-token", metavar="CODE", help="and the target language, as zho_Hans for NLLB")
     parser.add_argument("--output", required=True, metavar="FILE", help="accepted pairs, JSON lines")
     parser.add_argument("--cache", metavar="FILE", help="translations so far (default: beside the output)")
     parser.add_argument("--rejected", metavar="FILE", help="pairs that fail a check, with what differs")
-    parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="texts at once (default: 16)")
+    parser.add_argument(
+        "--unit", choices=("sentence", "report"), default="sentence", help="what is translated (default: sentence)"
+    )
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="texts at once (default: 32)")
+    _add_on_bad(parser, "raise")
 
 
 def _add_check_pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pairs", metavar="FILE", help="JSON lines with en and zh, a CSV or TSV with these columns")
-    parser.add_argument("--rejected", metavar="FILE", help="write the pairs that fail a check there")
+    parser.add_argument("path", metavar="PATH", help="JSON lines with en and zh, a CSV or TSV, or a data set")
+    parser.add_argument("--accepted", metavar="FILE", help="write the pairs that pass there")
+    parser.add_argument("--rejected", metavar="FILE", help="write those that do not there, with what differs")
+    _add_on_bad(parser, "raise")
 
 
 def _add_set(parser: argparse.ArgumentParser, on_bad: str) -> None:
@@ -187,11 +197,15 @@ def _add_set(parser: argparse.ArgumentParser, on_bad: str) -> None:
     parser.add_argument("--set", metavar="NAME", help="which set it is (default: told by its files)")
     parser.add_argument("--part", metavar="NAME", help="only train, validation, test or what the set calls it")
     parser.add_argument("--tables-only", action="store_true", help="do not ask whether image files are there")
+    _add_on_bad(parser, on_bad)
+
+
+def _add_on_bad(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--on-bad",
         choices=("raise", "skip"),
-        default=on_bad,
-        help=f"end with the first bad row, or count it and go on (default: {on_bad})",
+        default=default,
+        help=f"end with the first bad row, or count it and go on (default: {default})",
     )
 
 

@@ -19,7 +19,7 @@ from ..read_ahead_m3fm import read_ahead
 from .data_card import data_card
 from .opening import OpenSet
 from .pseudonyms import Pseudonyms
-from .schema import StudyRecord, features
+from .schema import LabelState, StudyRecord, features
 from .sets.parquet import MANIFEST
 from .stored_images import ImageStore
 from .tables import BadRow
@@ -31,6 +31,7 @@ UNSPLIT = "unsplit"
 _FORMAT = 1
 # A row group is what a reader holds in memory; pages of the hub's viewer are of this size too.
 _GROUP_ROWS, _GROUP_BYTES = 100, 64 << 20
+_STATE_NUMBERS = {state.value: number for number, state in enumerate(LabelState)}
 _NOT_IN_NAMES = re.compile(r"\W+")
 
 
@@ -230,8 +231,7 @@ class _ShardWriter:
         except ImportError:
             raise ImportError('Parquet files need pyarrow: pip install "m3fm[data]"') from None
         self._parquet = pyarrow.parquet
-        self._features = features()
-        self._schema = self._features.arrow_schema
+        self._schema = features().arrow_schema
         self._output, self._manifest, self._shard_bytes = output, manifest, shard_bytes
         self._open: dict[str, _OpenShard] = {}
 
@@ -265,7 +265,7 @@ class _ShardWriter:
 
     def write(self, record: StudyRecord) -> None:
         shard = self._take(record)
-        row = self._features.encode_example(record.as_row())
+        row = _coded(record.as_row())
         size = sum(len(each["bytes"] or b"") for each in row["images"]) + 1024
         shard.waiting.append(row)
         shard.waiting_bytes += size
@@ -322,6 +322,13 @@ class _ShardWriter:
             }
         )
         self._manifest.save(self._output)
+
+
+def _coded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with states as the numbers that `ClassLabel` stores: what `Features.encode_example` does, in less time."""
+    for column in ("labels", "findings"):
+        row[column] = [{"name": each["name"], "state": _STATE_NUMBERS[each["state"]]} for each in row[column]]
+    return row
 
 
 def _part(record: StudyRecord) -> str:

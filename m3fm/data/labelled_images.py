@@ -4,7 +4,6 @@
 Letters in shapes: N studies, L classes.
 """
 
-import csv
 import difflib
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,16 +15,19 @@ import numpy as np
 
 from ..evaluation.label_file import Label, LabelSet, annotate, default_label, find_finding, parse_labels, read_labels
 from ..evaluation.runs import group_numbers
+from .label_cells import cell_state
 from .labels import FINDINGS
+from .schema import LabelState
+from .sets.folder_tables import LABEL_SEPARATOR, read_own_csv
 from .studies import TRAINING_SPLIT, Study, load_studies, training_part
+from .tables import Reading, Row
 
 __all__ = ["LabelledImages", "draw_studies", "read_labelled"]
 
 IMAGE_COLUMNS, LABEL_COLUMNS, GROUP_COLUMNS = ("image", "images"), ("label", "labels"), ("patient_id", "group")
-_FILE_COLUMN, _CSV_NAMES, _SEPARATOR = "file_name", ("metadata.csv", "labels.csv"), "|"
+_FILE_COLUMN, _CSV_NAMES = "file_name", ("metadata.csv", "labels.csv")
 _NOT_LABELS = frozenset({_FILE_COLUMN, *GROUP_COLUMNS, "study_id", "split", "modality", "view", "age", "sex"})
-# CheXpert's files write -1 for "uncertain".
-_NUMBERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "": np.nan, "-1": np.nan, "-1.0": np.nan, "nan": np.nan}
+_VALUES = {LabelState.POSITIVE: 1.0, LabelState.NEGATIVE: 0.0}
 # Folders of two classes are often called so; the finding space says "no finding".
 _NO_FINDING_NAMES = frozenset({"normal", "healthy", "正常"})
 
@@ -190,48 +192,46 @@ def _read_path(path: Path, label_set: LabelSet | Sequence[str] | None) -> Labell
         path = table
     if not path.is_file():
         raise ValueError(f"{path}: no such data folder or CSV file.")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), reader.fieldnames or []
-    if _FILE_COLUMN not in columns or not rows:
-        raise ValueError(f"{path}: expected rows with a column {_FILE_COLUMN!r}, got the columns {columns}.")
-    # Line 1 is the head. Validation and test parts are not learned from.
-    numbered = {line: row for line, row in enumerate(rows, start=2) if row.get("split") in (None, "", TRAINING_SPLIT)}
-    rows, images = list(numbered.values()), [path.parent / (row[_FILE_COLUMN] or "") for row in numbered.values()]
-    if missing := [line for line, image in zip(numbered, images, strict=True) if not image.is_file()]:
+    rows = list(read_own_csv(path, Reading(), (_FILE_COLUMN,)))
+    if not rows:
+        raise ValueError(f"{path}: expected rows with labels, got none.")
+    columns = list(rows[0].values)
+    # Validation and test parts are not learned from.
+    rows = [row for row in rows if row.get("split") in (None, TRAINING_SPLIT)]
+    images = [path.parent / (row.get(_FILE_COLUMN) or "") for row in rows]
+    if missing := [row.line for row, image in zip(rows, images, strict=True) if not image.is_file()]:
         raise ValueError(f"{path}: {len(missing)} rows name a file that does not exist; the first: line {missing[0]}.")
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     if label_column is None:
-        values = [_numeric_row(path, line, row, columns) for line, row in numbered.items()]
+        values = [_states(row, columns) for row in rows]
     else:
-        cells = [(row[label_column] or "").strip() for row in rows]
-        several = any(_SEPARATOR in cell for cell in cells)
+        cells = [row.get(label_column) or "" for row in rows]
+        several = any(LABEL_SEPARATOR in cell for cell in cells)
         values = [_split_cell(cell) if several else cell or None for cell in cells]
     read = _read_lists(images, values, label_set)
     group_column = next((name for name in GROUP_COLUMNS if name in columns), None)
     if group_column is None:
         return read
-    groups = [row[group_column] or ("row", number) for number, row in enumerate(rows)]
+    groups = [row.get(group_column) or ("row", number) for number, row in enumerate(rows)]
     return replace(read, groups=_number(groups))
 
 
-def _numeric_row(path: Path, number: int, row: Mapping[str, str], columns: Sequence[str]) -> dict[str, float]:
+def _states(row: Row, columns: Sequence[str]) -> dict[str, float]:
     values = {}
     for name in columns:
         if name in _NOT_LABELS:
             continue
-        cell = (row[name] or "").strip().lower()
-        if cell not in _NUMBERS:
-            raise ValueError(
-                f"{path}, line {number}: without a column 'label' every other column is a label: expected 1, 0, -1 "
-                f"(uncertain) or nothing in {name!r}."
-            )
-        values[name] = _NUMBERS[cell]
+        try:
+            values[name] = _VALUES.get(cell_state(row.values[name]), np.nan)
+        except ValueError as error:
+            raise row.bad(
+                "bad_label", f"without a column 'label' every other column is a label, {name!r} too: {error}"
+            ) from None
     return values
 
 
 def _split_cell(cell: str) -> list[str] | None:
-    return [name.strip() for name in cell.split(_SEPARATOR) if name.strip()] or None
+    return [name.strip() for name in cell.split(LABEL_SEPARATOR) if name.strip()] or None
 
 
 def _read_columns(dataset: Any, label_set: LabelSet | Sequence[str] | None) -> LabelledImages:

@@ -191,8 +191,7 @@ class StudyRecord:
             "split": self.split,
             "modality": self.modality,
             "images": [
-                {"bytes": None if each.data is None else each.read(), "path": _text(each.path)}
-                for each in self.images
+                {"bytes": None if each.data is None else each.read(), "path": _text(each.path)} for each in self.images
             ],
             "views": [each.view for each in self.images],
             **texts,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,24 +183,30 @@ def open_text(path: Path) -> Iterator[io.TextIOBase]:
     """Open a text file, also one compressed by gzip or alone in a ZIP archive; wrong bytes become surrogates.
 
     Raises:
-        BadRow: If the file is missing, or the archive has not exactly one file.
+        BadRow: If the file is missing, or the archive is damaged or has not exactly one file.
     """
     if not path.is_file():
         raise BadRow("missing_file", path, None, "no such file")
     kind = path.suffix.lower()
-    with open(path, "rb") as file:
-        if kind == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if not name.startswith("__MACOSX") and name[-1] != "/"]
-                if len(names) != 1:
-                    raise BadRow("not_a_row", path, None, f"expected one file in the archive, got {len(names)}")
-                with archive.open(names[0]) as member:
+    try:
+        with open(path, "rb") as file:
+            if kind == ".zip":
+                with zipfile.ZipFile(file) as archive, archive.open(_only_member(path, archive)) as member:
                     yield _decoded(member)
-        elif kind == ".gz":
-            with gzip.open(file) as member:
-                yield _decoded(member)
-        else:
-            yield _decoded(file)
+            elif kind == ".gz":
+                with gzip.open(file) as member:
+                    yield _decoded(member)
+            else:
+                yield _decoded(file)
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error):
+        raise BadRow("bad_encoding", path, None, f"expected a whole {kind} file, got a damaged one") from None
+
+
+def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
+    names = [name for name in archive.namelist() if not name.startswith("__MACOSX") and name[-1] != "/"]
+    if len(names) != 1:
+        raise BadRow("not_a_row", path, None, f"expected one file in the archive, got {len(names)}")
+    return names[0]
 
 
 def _decoded(file: Any) -> io.TextIOWrapper:
@@ -216,7 +224,8 @@ def read_csv(
         reading: Is told of rows with too many or too few fields, or in a wrong encoding.
         delimiter: Between fields.
         has_long_text: Whether fields in quotes may go over several lines, as those of reports do. An unclosed quote
-            then costs the row that it is in, and no other.
+            then costs the row that it is in, and no other; what is left of its lines may look like a row, so that
+            ids should be checked.
 
     Raises:
         BadRow: If the file is missing or empty, or has not the columns: nothing of it could be read.
@@ -226,7 +235,9 @@ def read_csv(
         head = next(lines, None)
         names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter))] if head else []
         if missing := [column for column in columns if column not in names]:
-            raise BadRow("wrong_column", path, 1, f"expected the columns {missing}, got {names}")
+            # Without a head, the first line is a row, which may identify a patient.
+            got = names if len(missing) < len(columns) else "none of them"
+            raise BadRow("wrong_column", path, 1, f"expected the columns {missing}, got {got}")
         # Spreadsheets leave commas at the end of the head, which rows need not have.
         needed = max((number for number, name in enumerate(names, start=1) if name), default=0)
         while (line := next(lines, None)) is not None:
@@ -283,15 +294,20 @@ def _fields(text: str, delimiter: str) -> list[str] | None:
 def _long_fields(line: str, lines: _Lines, delimiter: str, width: int) -> list[str] | None:
     """Take further lines until the row is whole; where it never is, they are given back."""
     taken: list[str] = []
-    for more in lines:
-        taken.append(more)
-        # Only a quote can close the field.
-        if '"' in more:
-            fields = _fields(line + "".join(taken), delimiter)
-            if fields is not None and len(fields) == width:
-                return fields
-        if len(taken) == _MOST_LINES:
-            break
+
+    def row() -> Iterator[str]:
+        yield line
+        for more in itertools.islice(lines, _MOST_LINES):
+            taken.append(more)
+            yield more
+
+    try:
+        # Strict: a quote that was not closed meets the opening quote of a later field, which cannot stand there.
+        fields = next(csv.reader(row(), delimiter=delimiter, strict=True), None)
+    except csv.Error:
+        fields = None
+    if fields is not None and len(fields) == width:
+        return fields
     lines.give_back(taken)
     return None
 

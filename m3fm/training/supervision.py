@@ -13,12 +13,20 @@ import numpy as np
 import torch
 
 from ..data import Study
+from ..data.label_cells import cell_state
+from ..data.schema import LabelState
 from ..evaluation.label_file import Label, annotate, find_finding
 
 # What an uncertain label is in training (CheXpert, AAAI 2019, section 4: U-Ignore, U-Ones, U-Zeros); "half" is a soft
 # target.
 UNCERTAIN_POLICIES = {"ignore": np.nan, "positive": 1.0, "negative": 0.0, "half": 0.5}
 UNCERTAIN = -1.0
+_VALUES = {
+    LabelState.POSITIVE: 1.0,
+    LabelState.NEGATIVE: 0.0,
+    LabelState.UNCERTAIN: UNCERTAIN,
+    LabelState.UNMENTIONED: np.nan,
+}
 BALANCES = ("none", "weights", "sampling")
 _TABLE_KEYS = ("study_id", "file_name")
 # A label so rare that each of its studies would outweigh this many others counts no more than that.
@@ -83,16 +91,10 @@ def _labels_of(column: str, labels: Sequence[Label]) -> list[str]:
 
 
 def _label_value(text: str | None, where: str) -> float:
-    text = (text or "").strip()
-    if not text:
-        return float("nan")
     try:
-        value = float(text)
-    except ValueError:
-        value = float("inf")
-    if value not in (1.0, 0.0, UNCERTAIN):
-        raise ValueError(f"{where}: expected 1 (present), 0 (absent), -1 (uncertain) or nothing, got {text!r}.")
-    return value
+        return _VALUES[cell_state(text)]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}, got {(text or '').strip()!r}.") from None
 
 
 def make_examples(

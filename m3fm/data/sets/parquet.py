@@ -105,7 +105,9 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
         except (OSError, ValueError) as error:
             if isinstance(error, BadRow):
                 raise
-            raise BadRow("not_a_row", file, None, f"no Parquet file that can be read: {type(error).__name__}") from None
+            raise BadRow(
+                "not_a_row", file, None, f"no Parquet file that can be read: {type(error).__name__}"
+            ) from None
 
 
 def _check_whole(root: Path) -> None:
