@@ -59,13 +59,13 @@ examples:
   m3fm data split my-folder --output split.json --fractions 0.7 0.3 --by patient
       two parts, by patient alone
   m3fm data split /data/cov_ctr --check
-      what the parts that the set states have in common
+      what the parts that the set states have in common; the exit code is 2 where they share anything of --by
 
 {EXIT_CODES}"""
 
 _TRANSLATE = """\
-Translate the reports of a data set with a translator of yours, and keep the pairs that pass the checks: negation, side,
-severity, numbers, findings. What is translated is kept, and a stopped run goes on.
+Translate the reports of a data set with a translator of yours, and keep the pairs that pass the checks: negation,
+sides, severity, numbers, findings. What is translated is kept, and a stopped run goes on.
 """
 
 _TRANSLATE_EPILOG = f"""\

@@ -91,6 +91,23 @@ def convert(args: Namespace) -> int:
     return _told(opened)
 
 
+def split(args: Namespace) -> int:
+    """Splits a data set by whole groups, or says what its own parts have in common."""
+    from .splits import check_set, named_fractions, split_set
+
+    opened = _open(args)
+    if args.check:
+        leaks = check_set(opened, args.by, args.num_workers)
+        if args.leaks is not None:
+            leaks.write(Path(args.leaks))
+    else:
+        leaks = split_set(
+            opened, Path(args.output), named_fractions(args.fractions), args.by, args.seed, args.num_workers
+        )
+    sys.stdout.write(f"{leaks.summary()}\n")
+    return EXIT_ERROR if _told(opened) or not leaks.is_clean else 0
+
+
 def translate(args: Namespace) -> int:
     """Translates the reports of a data set, and keeps the pairs that pass the checks."""
     from .parallel import transformers_translator, translate_files
@@ -221,6 +238,7 @@ COMMANDS = {
     "inspect": inspect,
     "stats": stats,
     "convert": convert,
+    "split": split,
     "translate": translate,
     "check-pairs": check_pairs,
 }

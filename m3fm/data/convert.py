@@ -8,8 +8,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .opening import OpenSet
 from .pseudonyms import Pseudonyms
 from .schema import LabelState, StudyRecord, features
 from .sets.parquet import MANIFEST
+from .splits import SplitDocument, apply_split
 from .stored_images import ImageStore
 from .tables import BadRow
 
@@ -39,7 +40,7 @@ def convert_set(
     opened: OpenSet,
     output: str | Path,
     store: ImageStore | None = None,
-    parts: Mapping[str, str] | None = None,
+    parts: SplitDocument | None = None,
     pseudonyms: Pseudonyms | None = None,
     shard_bytes: int = 500 << 20,
     num_workers: int = 0,
@@ -54,8 +55,8 @@ def convert_set(
         opened: The set, from `open_set`.
         output: A folder, made if missing.
         store: How images are stored; None: as bytes, DICOM without its headers.
-        parts: Study id to part, from a split document (`m3fm.data.splits`); studies that are not in it are left out.
-            None: the parts that the set states.
+        parts: A split (`m3fm.data.splits.read_split`) in place of the parts that the set states. It has to name every
+            study, and no other, unless bad rows are skipped or one part alone is read.
         pseudonyms: What ids are replaced by; None keeps them.
         shard_bytes: About how large a shard grows, in bytes before compression.
         num_workers: Processes that read images ahead.
@@ -82,7 +83,7 @@ def convert_set(
         raise ValueError("pseudonyms need images='bytes': paths may name patients")
     manifest = _open_manifest(output, settings, resume)
     writer = _ShardWriter(output, manifest, shard_bytes)
-    records = _with_parts(opened, parts)
+    records = iter(_with_parts(opened, parts))
     with tqdm(desc=f"convert {opened.set.name}", unit="study") as bar:
         records = writer.skip_written(records, bar)
         for result, record in _stored(records, store, num_workers):
@@ -104,12 +105,12 @@ def convert_set(
     return manifest.as_dict()
 
 
-def _with_parts(opened: OpenSet, parts: Mapping[str, str] | None) -> Iterator[StudyRecord]:
-    for record in opened:
-        if parts is None:
-            yield record
-        elif record.study_id in parts:
-            yield replace(record, split=parts[record.study_id])
+def _with_parts(opened: OpenSet, parts: SplitDocument | None) -> Iterable[StudyRecord]:
+    if parts is None:
+        return opened
+    # Studies of bad rows, and those of other parts, are named by the split and do not come.
+    comes_whole = opened.reading.on_bad == "raise" and opened.split is None
+    return apply_split(opened, parts, "raise" if comes_whole else "skip")
 
 
 def _stored(records: Iterator[StudyRecord], store: ImageStore, num_workers: int) -> Iterator[tuple[Any, StudyRecord]]:
@@ -147,7 +148,7 @@ class _Manifest:
 
     Attributes:
         settings: Those that make another output.
-        shards: A row each: file, part, rows, studies (rows and those passed over), digest of the study ids, and rows by
+        shards: A row each: file, part, rows, studies (rows and those passed over), digest of the study ids, rows by
             modality and by language of their text.
         bad_rows: Counts by file and kind.
         complete: Whether all is written.
@@ -325,7 +326,7 @@ class _ShardWriter:
 
 
 def _coded(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with states as the numbers that `ClassLabel` stores: what `Features.encode_example` does, in less time."""
+    """Return a row with states as the numbers that `ClassLabel` stores, faster than `Features.encode_example` does."""
     for column in ("labels", "findings"):
         row[column] = [{"name": each["name"], "state": _STATE_NUMBERS[each["state"]]} for each in row[column]]
     return row

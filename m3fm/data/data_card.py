@@ -12,7 +12,7 @@ from .sets import StudySet
 
 __all__ = ["data_card"]
 
-_HOW = '''\
+_HOW = """\
 ```python
 from datasets import load_dataset
 
@@ -24,7 +24,7 @@ from m3fm.data import open_set
 
 for record in open_set("PATH", split="{part}"):  # StudyRecord
     ...
-```'''
+```"""
 
 
 def data_card(study_set: StudySet, manifest: Mapping[str, Any]) -> str:

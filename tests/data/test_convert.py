@@ -8,6 +8,7 @@ import pytest
 from m3fm.data.convert import convert_set
 from m3fm.data.opening import open_set
 from m3fm.data.pseudonyms import Pseudonyms
+from m3fm.data.splits import SplitDocument
 from m3fm.data.stored_images import ImageStore
 from tests.study_sets import made_records, opened
 
@@ -151,10 +152,16 @@ def test_workers_change_nothing(tmp_path, records):
 
 
 def test_parts_of_a_split_replace_those_of_the_set(tmp_path, records):
-    parts = {"study-0": "test", "study-1": "test", "study-2": "train"}
-    facts = convert_set(opened(records), tmp_path / "out", parts=parts)
-    assert facts["studies"] == {"test": 2, "train": 1}
-    assert {record.study_id: record.split for record in open_set(tmp_path / "out")} == parts
+    ids = [record.study_id for record in records]
+    split = SplitDocument("made_up", {"test": ids[:2], "train": ids[2:]}, {})
+    facts = convert_set(opened(records), tmp_path / "out", parts=split)
+    assert facts["studies"] == {"test": 2, "train": 5}
+    assert {record.study_id: record.split for record in open_set(tmp_path / "out")} == dict(split)
+    another = SplitDocument("made_up", {"test": ids[:2], "train": ids[2:5]}, {})
+    with pytest.raises(ValueError, match="split"):
+        convert_set(opened(records), tmp_path / "raised", parts=another)
+    facts = convert_set(opened(records, on_bad="skip"), tmp_path / "skipped", parts=another)
+    assert facts["studies"] == {"test": 2, "train": 3}
 
 
 def test_pseudonyms_leave_no_id_in_the_output(tmp_path, records):
