@@ -59,7 +59,7 @@ def data_card(study_set: StudySet, manifest: Mapping[str, Any]) -> str:
         _HOW.format(part=next(iter(parts))),
         f"- Images: {stored}.",
         f"- Ids: {'pseudonyms' if settings['pseudonyms'] else 'as the set has them'}.",
-        f"- Terms: {study_set.licence}; the column `licence` says it for each study. Passing this on is bound to them.",
+        f"- Terms: {study_set.licence}; the column `licence` says it for each study. They bind whoever passes this on.",
     ]
     if study_set.url:
         sections.append(f"- Source: {study_set.url}")

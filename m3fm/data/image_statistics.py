@@ -103,8 +103,8 @@ def image_statistics(images: Iterable[ImageFile]) -> dict[str, Any]:
         images: A sample, or all.
 
     Returns:
-        Counts by kind and depth, quantiles of width, height and slices, the sizes (width, height) themselves for a plot,
-        and how many could not be read.
+        Counts by kind and depth, quantiles of width, height and slices, the sizes (width, height) themselves for a
+        plot, and how many could not be read.
     """
     facts, unreadable = [], 0
     for image in tqdm(images, desc="image headers", unit="image"):

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 TRAINING_SPLIT = "train"
-_OWN_FOLDER = "folder"
+_OWN_FOLDER, _SHARDS = "folder", "parquet"
 _PARALLEL_ROWS = "parallel_en_zh.jsonl"
 _VALUES = {LabelState.POSITIVE: 1.0, LabelState.NEGATIVE: 0.0}
 
@@ -122,7 +122,8 @@ def read_studies(folder: Path) -> list[Study]:
     except ValueError as error:
         raise ValueError(f"{folder} has neither {' nor '.join(TABLES)}; {error}") from None
     if found.name != _OWN_FOLDER:
-        records = list(found.read(folder, Reading()))
+        # The images of shards are read when they are needed, those of a whole set not being held in memory.
+        records = list(found.read(folder, Reading(images="unchecked" if found.name == _SHARDS else "required")))
         keys = group_keys(map(record_marks, records))
         return [study_of(record, key) for record, key in zip(records, keys, strict=True)]
     own = list(read_folder(folder, Reading()))
@@ -212,4 +213,4 @@ def carved_ids(folder_name: str) -> frozenset[str]:
     path = Path(__file__).parent / "splits" / f"{folder_name}.json"
     if not path.is_file():
         return frozenset()
-    return frozenset(json.loads(path.read_text(encoding="utf-8"))["validation"])
+    return frozenset(json.loads(path.read_text(encoding="utf-8")).get("validation", ()))

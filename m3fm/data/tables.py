@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["BAD_KINDS", "BadRow", "Reading", "Row", "open_text", "read_csv", "read_jsonl"]
+__all__ = ["BAD_KINDS", "BadRow", "Reading", "Row", "is_file", "is_unicode", "open_text", "read_csv", "read_jsonl"]
 
 #: What may be wrong with a row.
 BAD_KINDS = (
@@ -104,7 +104,7 @@ class Reading:
         Raises:
             BadRow: If it is not.
         """
-        if self.images == "required" and not path.is_file():
+        if self.images == "required" and not is_file(path):
             # The folders of many sets are named after patients, so that no path is told.
             raise row.bad("missing_file", "the image file that the row names is not there")
         return path
@@ -317,13 +317,9 @@ def _row(path: Path, line: int, names: list[str], fields: list[str] | None) -> R
         raise BadRow("not_a_row", path, line, "a quoted field is not closed")
     if len(fields) != len(names):
         raise BadRow("not_a_row", path, line, f"expected {len(names)} fields, got {len(fields)}")
-    if any(not each.isascii() and _is_broken(each) for each in fields):
+    if not is_unicode(fields):
         raise BadRow("bad_encoding", path, line, "expected UTF-8")
     return Row(path, line, dict(zip(names, fields, strict=True)))
-
-
-def _is_broken(text: str) -> bool:
-    return any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def read_jsonl(path: Path, reading: Reading) -> Iterator[Row]:
@@ -343,7 +339,7 @@ def read_jsonl(path: Path, reading: Reading) -> Iterator[Row]:
 
 
 def _json_row(path: Path, number: int, line: str) -> Row:
-    if not line.isascii() and _is_broken(line):
+    if not is_unicode(line):
         raise BadRow("bad_encoding", path, number, "expected a JSON object in UTF-8")
     try:
         values = json.loads(line)
@@ -354,4 +350,25 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         ) from None
     if not isinstance(values, dict):
         raise BadRow("not_a_row", path, number, f"expected a JSON object, got {type(values).__name__}")
+    if not is_unicode(values):
+        raise BadRow("bad_encoding", path, number, "expected a JSON object in UTF-8")
     return Row(path, number, values)
+
+
+def is_unicode(value: Any) -> bool:
+    """Tell whether text has no half of a surrogate pair: wrong bytes become such, and JSON may name one."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, list):
+        return all(map(is_unicode, value))
+    if isinstance(value, dict):
+        return all(is_unicode(each) for pair in value.items() for each in pair)
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is a file; a name that no file system takes is that of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

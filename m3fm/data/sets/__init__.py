@@ -35,6 +35,9 @@ _MODULES = (
 )
 
 
+_OWN_TABLES = ("metadata.jsonl", "data.jsonl")
+
+
 @cache
 def _sets() -> dict[str, StudySet]:
     modules = [importlib.import_module(f"{__name__}.{name}") for name in _MODULES]
@@ -61,16 +64,21 @@ def get_set(name: str) -> StudySet:
 def find_set(root: Path) -> StudySet:
     """Tell which set lies in a folder, by the files it is published with.
 
+    A folder with `metadata.jsonl` or `data.jsonl`, in which no set is published, is an own folder, whatever else is in
+    it.
+
     Raises:
         ValueError: If the folder is missing, or is none of them.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
+    if any((root / name).is_file() for name in _OWN_TABLES):
+        return get_set("folder")
     for each in _sets().values():
         if each.recognises(root):
             return each
     raise ValueError(
         f"{root}: none of the sets that can be read ({', '.join(_sets())}); an own folder has metadata.jsonl, "
-        "metadata.csv or data.jsonl"
+        "data.jsonl, metadata.csv or metadata.parquet"
     )

@@ -15,9 +15,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from ..tables import BadRow, Reading, Row, open_text
+from ..tables import BadRow, Reading, Row, is_unicode, open_text
 from .layouts import table_in
 
 __all__ = ["ANNOTATIONS", "Entry", "opening", "read_annotations", "read_entries"]
@@ -146,7 +145,7 @@ def _entry(place: Entry, written: str | None) -> Entry:
     values = json.loads(written)
     if not isinstance(values, dict):
         raise place.bad("not_a_row", f"expected a JSON object, got {type(values).__name__}")
-    if not all(_is_unicode(value) for value in values.values()):
+    if not all(is_unicode(value) for value in values.values()):
         raise place.bad("bad_encoding", "expected UTF-8")
     return Entry(place.file, place.line, values, place.part, place.number)
 
@@ -190,14 +189,3 @@ def _places(text: str, start: int) -> Iterator[tuple[str, int, int, int | None]]
 
 def _place(part: str, number: int) -> str:
     return f"entry {number} of {part!r}" if part else f"entry {number}"
-
-
-def _is_unicode(value: Any) -> bool:
-    """Tell whether text has no half of a surrogate pair: bytes in a wrong encoding become such."""
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, list):
-        return all(map(_is_unicode, value))
-    if isinstance(value, dict):
-        return all(_is_unicode(each) for pair in value.items() for each in pair)
-    return True

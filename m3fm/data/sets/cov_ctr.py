@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from ..labels import shared_findings
 from ..report_sections import report_from_sections
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row, read_csv
+from ..tables import BadRow, Reading, Row, is_file, read_csv
 from .annotation_json import ANNOTATIONS, Entry, opening, read_annotations
 from .layouts import find_base, plain_name, table_in
 from .study_set import StudySet
@@ -125,7 +125,7 @@ def _read_table(base: Path, reading: Reading) -> Iterator[StudyRecord]:
             raise row.bad("duplicate_id", "the image of this row was already given by an earlier line")
         covid = _covid(row)
         places = [folder / name for folder in folders]
-        path = reading.image(row, next((each for each in places if each.is_file()), places[0]))
+        path = reading.image(row, next((each for each in places if is_file(each)), places[0]))
         seen.add(name)
         chinese = report_from_sections(row.get("findings"), row.get("impression"), "zh")
         english = report_from_sections(row.get("reports_En"), None, "en")

@@ -27,7 +27,7 @@ from typing import Any
 
 from ..report_sections import report_from_text
 from ..schema import MODALITIES, ImageFile, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row, read_csv
+from ..tables import BadRow, Reading, Row, is_file, read_csv
 from .annotation_json import Entry, read_entries
 from .layouts import ImageFolders, only_folder
 from .plain_xml import LinedElement, read_elements, text_of
@@ -91,7 +91,7 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
     def image(given: tuple[Row, str]) -> Path:
         row, name = given
         beside = base / name
-        return reading.image(row, beside if beside.is_file() else folders.find(name))
+        return reading.image(row, beside if is_file(beside) else folders.find(name))
 
     for figure in figures:
         for modality in MODALITIES:

@@ -17,7 +17,7 @@ from ..labels import label_names, shared_findings
 from ..report_sections import report_from_sections
 from ..row_groups import RowGroups
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row, open_text, read_csv
+from ..tables import BadRow, Reading, Row, is_file, open_text, read_csv
 from .demographics import age_in_years, sex_letter
 from .study_set import StudySet
 
@@ -215,7 +215,7 @@ def _image(row: Row, volumes: list[Row], tables: _Tables, reading: Reading) -> I
         for folder in tables.folders:
             paths += [folder / patient / scan / f"{name}.nii.gz", folder / f"{name}.nii.gz"]
     if reading.images == "required":
-        paths = [path for path in paths if path.is_file()] or paths
+        paths = [path for path in paths if is_file(path)] or paths
     return ImageFile(reading.image(row, paths[0]), view="AXIAL")
 
 

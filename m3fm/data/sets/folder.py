@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from ..report_sections import report_from_sections, report_from_text
 from ..report_text import clean_report, repair_characters
 from ..schema import LANGUAGES, MODALITIES, ImageFile, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row
+from ..tables import BadRow, Reading, Row, is_file
 from .folder_labels import LABEL_COLUMNS, FolderLabels, LabelSurvey
 from .folder_tables import (
     TABLES,
@@ -341,7 +341,7 @@ class _StudyReader:
         modality = self._modality(row)
         study_id = self.survey.study_id(row, table, images)
         for image in images:
-            if self.reading.images == "required" and not (self.root / image.name).is_file():
+            if self.reading.images == "required" and not is_file(self.root / image.name):
                 raise row.bad("missing_file", f"a file that the row names does not exist in {self.root}")
         labels, findings = self.survey.labels.read(row)
         patient = self._patient(row, images)

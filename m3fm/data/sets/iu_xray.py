@@ -34,7 +34,7 @@ from typing import IO
 from ..labels import shared_findings
 from ..report_sections import report_from_sections, report_from_text
 from ..schema import ImageFile, LabelState, StudyRecord
-from ..tables import BadRow, Reading, Row, read_csv
+from ..tables import BadRow, Reading, Row, is_file, read_csv
 from .annotation_json import ANNOTATIONS, Entry, opening, read_annotations
 from .demographics import OLDEST
 from .layouts import find_base, only_folder, table_in
@@ -172,7 +172,7 @@ def _read_beside(base: Path, annotations: Path | None, reading: Reading) -> _Bes
         for study_id, entry in _r2gen_studies(annotations, reading):
             beside.splits[study_id] = entry.split
             paths = () if has_own_images else [annotations / "images" / path for path in entry.image_paths()]
-            if paths and all(path.is_file() for path in paths):
+            if paths and all(map(is_file, paths)):
                 beside.r2gen_images[study_id] = tuple(map(ImageFile, paths))
     if (headers := table_in(base, (_HEADERS,))) is not None:
         columns = ("imageid", "View Position", "Study Date", "Patient's Birth Date")
@@ -270,7 +270,7 @@ def _image(row: Row, folders: list[Path], views: Mapping[str, str], reading: Rea
     number = name.partition("_")[0]
     names = (f"{image_id}.png", f"{name}.dcm.png", f"{name}.dcm", f"{number}/{name}.dcm")
     places = [folder / each for folder in folders for each in names]
-    path = next((each for each in places if each.is_file()), places[0])
+    path = next((each for each in places if is_file(each)), places[0])
     return ImageFile(reading.image(row, path), view=views.get(name))
 
 
@@ -286,7 +286,7 @@ def _read_kaggle(base: Path, beside: _Beside, reading: Reading) -> Iterator[Stud
     def image(given: tuple[Row, str, str]) -> ImageFile:
         row, name, view = given
         places = [folder / f"{name}.dcm.png" for folder in folders]
-        path = next((each for each in places if each.is_file()), places[0])
+        path = next((each for each in places if is_file(each)), places[0])
         return ImageFile(reading.image(row, path), view=_finer(view, beside.views.get(name)))
 
     def record(row: Row) -> StudyRecord:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..tables import Row, open_text
+from ..tables import Row, is_file, open_text
 
 __all__ = ["ImageFolders", "columns_of", "find_base", "only_folder", "plain_name", "table_in"]
 
@@ -109,7 +109,7 @@ class ImageFolders:
         """Return the file of a name; where it is nowhere, the path on which it was expected."""
         for number, (folder, suffix) in enumerate(self._places):
             path = folder / f"{name}{suffix}"
-            if path.is_file():
+            if is_file(path):
                 if number:
                     self._places.insert(0, self._places.pop(number))
                 return path

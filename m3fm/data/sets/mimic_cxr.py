@@ -24,7 +24,7 @@ from ..labels import shared_findings
 from ..report_sections import report_from_text
 from ..row_groups import RowGroups
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row, read_csv
+from ..tables import BadRow, Reading, Row, is_file, read_csv
 from .study_set import StudySet
 
 __all__ = ["SETS"]
@@ -195,7 +195,7 @@ def _images(rows: list[Row], copy: _Copy, reading: Reading) -> tuple[ImageFile, 
         path = _study_folder(row) / row.require("dicom_id")
         paths = [folder / f"{path}{suffix}" for folder in copy.folders for suffix in copy.suffixes]
         if reading.images == "required":
-            paths = [each for each in paths if each.is_file()] or paths
+            paths = [each for each in paths if is_file(each)] or paths
         view = (row.get("ViewPosition") or "").upper()
         return ImageFile(reading.image(row, paths[0]), view=_VIEWS.get(view, view) or None)
 
@@ -231,7 +231,7 @@ class _Reports:
 
     def _content(self, path: Path) -> bytes | None:
         for folder in self._folders:
-            if (folder / path).is_file():
+            if is_file(folder / path):
                 return (folder / path).read_bytes()
         try:
             return None if self._archive is None else self._archive.read(f"files/{path.as_posix()}")

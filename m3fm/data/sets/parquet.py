@@ -20,6 +20,8 @@ __all__ = ["MANIFEST", "SETS", "StoredImage", "shard_files"]
 #: What a conversion says of itself, beside the folder of its shards.
 MANIFEST = "m3fm.json"
 _REQUIRED = ("study_id", "source", "modality", "images")
+# The table of an own folder (`m3fm.data.sets.folder`).
+_OWN_TABLE = "metadata.parquet"
 # Rows in memory at once; a row holds the images of a study.
 _BATCH_ROWS = 16
 # Row groups of images kept for studies that are read one by one, in order.
@@ -59,7 +61,8 @@ def _images_of(file: Path, group: int) -> Any:
 
 def shard_files(root: Path) -> list[Path]:
     """Return the Parquet files of a folder or of its `data/`, by split and number."""
-    return sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet"))
+    beside = [file for file in sorted(root.glob("*.parquet")) if file.name != _OWN_TABLE]
+    return beside or sorted((root / "data").glob("*.parquet"))
 
 
 def _recognises(root: Path) -> bool:

@@ -26,8 +26,8 @@ class StudySet:
         layout: The files that are read, relative to its folder; for documentation and error messages.
         recognises: Tells whether a folder holds it, by a few names of files, without reading tables.
         read: Yields the studies of a folder in a fixed order, streaming. Rows that cannot be used go to the `Reading`.
-        published: Counts that its publishers state, for checking a copy: of "images", "studies", "patients" or "boxes" in
-            all parts, or of one part, as "train_images".
+        published: Counts that its publishers state, for checking a copy: of "images", "studies", "patients" or "boxes"
+            in all parts, or of one part, as "train_images".
     """
 
     name: str

@@ -299,6 +299,8 @@ def test_one_wrong_label_does_not_change_whose_labels_they_are(tmp_path):
 
 BAD = {
     "missing_file": {"file_name": f"{SECRET}/gone.png"},
+    "missing_file 2": {"file_name": "word " * 1000},
+    "missing_file 3": {"file_name": "a\0.png"},
     "bad_label": {"labels": ["Edemma"]},
     "bad_label 2": {"labels": "Edema"},
     "bad_label 3": {"labels": [{"Edema": 1}]},
@@ -335,7 +337,8 @@ def test_bad_rows_are_named_and_cost_no_good_one(tmp_path, name):
     rows = good_rows()
     expected = read(write_folder(tmp_path / "good", rows))[0]
     rows.insert(50, {"file_name": "n3.png", "modality": "cxr", "patient_id": SECRET} | BAD[name])
-    folder = write_folder(tmp_path / "bad", rows, missing=(f"{SECRET}/gone.png", "/etc/hosts", "C:\\images\\a.png", 2))
+    never = (f"{SECRET}/gone.png", "word " * 1000, "a\0.png", "/etc/hosts", "C:\\images\\a.png", 2)
+    folder = write_folder(tmp_path / "bad", rows, missing=never)
     kind = name.partition(" ")[0]
     with pytest.raises(BadRow, match=r"metadata\.jsonl, line 51: ") as error:
         read(folder)
