@@ -208,6 +208,7 @@ def main() -> None:
     reports = read_reports(arguments.data / "openi_iu_reports", "data.jsonl", ("findings_en", "impression_en"))
     sections = [" ".join(filter(None, report)) for report in reports]
     result = {
+        "table": table(sets),
         "sets": sets,
         "masks": measure_masks(reports),
         "sections": measure_sections(arguments.data / "label_tables/NLMCXR_reports.tgz"),
@@ -220,7 +221,7 @@ def main() -> None:
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(sets))
-    print(json.dumps({key: value for key, value in result.items() if key != "sets"}, indent=1))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("table", "sets")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from m3fm.data.parallel import KINDS, CheckReport, PairChecker, ParallelText, re
 from m3fm.data.parallel.translate import split_sentences
 from m3fm.data.tables import Reading
 from m3fm.evaluation.finding_labeler import find_mentions
+from m3fm.evaluation.tables import markdown_table
 
 TRAINING, VALIDATION = "train", "validation"
 JUDGED = Path(__file__).with_name("translation_checks_judged.json")
@@ -228,6 +229,19 @@ def count_sentences(folder: Path) -> dict[str, Any]:
     }
 
 
+def planted_table(sets: dict[str, Any]) -> str:
+    """Returns what the checks find on the validation parts: pairs rejected as they are, then errors put into them."""
+    parts = {name: entry["parts"][VALIDATION] for name, entry in sets.items()}
+    rejected = [f"{part['rejected'] / part['pairs']:.1%} of {part['pairs']}" for part in parts.values()]
+    kinds = dict.fromkeys(what for part in parts.values() for what in part["planted"])
+    found = [
+        [what, *(f"{row['share_found']:.0%} of {row['planted']}" if row else "–" for row in rows)]
+        for what in kinds
+        for rows in [[part["planted"].get(what) for part in parts.values()]]
+    ]
+    return markdown_table([["found in pairs of", *parts], ["rejected as published", *rejected], *found])
+
+
 def main() -> None:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,6 +282,7 @@ def main() -> None:
         entry["judged"] = judged_precision(pairs, no_term, verdicts[name])
         print(f"\njudged by reading: {entry['judged']}")
         results["sets"][name] = entry
+    results["table"] = planted_table(results["sets"])
     results["openi_sentences"] = count_sentences(options.data / "openi_iu_reports")
     print("\n", results["openi_sentences"])
     options.output.parent.mkdir(parents=True, exist_ok=True)
