@@ -3,8 +3,8 @@
 
 Tables: those of NIH ChestX-ray14, CheXpert, RSNA, SIIM-ACR, VinDr-CXR and Open-i in the data folder, without their
 images, and a MIMIC-CXR of the published size whose tables are made up here. Each is read in a process of its own,
-whose peak memory is told above that of the imports. Then one row in a hundred is broken, each in one of seven ways, and
-the table is read again: studies none of whose rows was touched must be there, unchanged. Linux only.
+whose peak memory is told above that of the imports. Then one row in a hundred is broken, each in one of seven ways,
+and the table is read again: studies none of whose rows was touched must be there, unchanged. Linux only.
 
     python benchmarks/data_sets.py --data ../shared/data
 """

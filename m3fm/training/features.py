@@ -6,14 +6,19 @@ Letters in shapes are those of `modeling_m3fm`: N images of a study, S image tok
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..data import Study
+from ..data.schema import ImageFile, StudyRecord
 from ..image_processing_m3fm import M3FMImageProcessor
 
 
@@ -21,7 +26,8 @@ class FeatureCache:
     """Serves the tokens of images from memory-mapped float16 files, one file per data set.
 
     Filling it is resumable and incremental: an image that any earlier run computed is not computed again. Another
-    tower or other preprocessing has files of its own; an image file that changed its size is another image.
+    tower or other preprocessing has files of its own. An image file is known by its folder, name and size, so that one
+    that changed its size is another image; an image in memory, as from a shard, is known by its content.
 
     Args:
         folder: Where the files are kept.
@@ -34,54 +40,55 @@ class FeatureCache:
         self.tower = tower.eval()
         self.image_processor = image_processor
         self._key = _fingerprint(tower, image_processor)
-        self._rows: dict[Path, int] = {}
+        # Of an image, by its path or by its content: the set whose file has it, and the row there.
+        self._places: dict[Any, tuple[str, int]] = {}
         self._arrays: dict[str, np.memmap] = {}
 
-    def fill(self, studies: Sequence[Study], batch_size: int = 16) -> None:
-        """Computes what is missing for `studies`, whose images are one slice or view each, with a progress bar."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for source in sorted({study.source for study in studies if study.images}):
-            self._fill(
-                source, [path for study in studies if study.source == source for path in study.images], batch_size
-            )
+    def fill(self, studies: Iterable[Study | StudyRecord], batch_size: int = 16) -> None:
+        """Computes what is missing for `studies`, with a progress bar.
 
-    def get(self, study: Study) -> np.ndarray:
+        Their images are one slice or view each, any number of them a study. Studies are gone through once and images
+        held for one batch, so that a stream of records from shards will do.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shelves: dict[str, _Shelf] = {}
+        marks: dict[Any, tuple[str, str]] = {}
+        with ExitStack() as stack, tqdm(desc="image tokens", unit="image", delay=1.0) as bar:
+            for study in studies:
+                for source in map(_source, study.images):
+                    shelf = shelves.get(study.source)
+                    if shelf is None:
+                        shelf = shelves[study.source] = stack.enter_context(self._open(study.source))
+                    mark = _mark(source)
+                    marks[_name(source, mark)] = study.source, mark
+                    shelf.want(mark, source)
+                    if len(shelf.waiting) == batch_size:
+                        bar.update(shelf.add(self._tokens))
+            for shelf in shelves.values():
+                bar.update(shelf.add(self._tokens))
+        for name, shelf in shelves.items():
+            self._arrays[name] = shelf.tokens()
+        self._places |= {name: (source, shelves[source].rows[mark]) for name, (source, mark) in marks.items()}
+
+    def get(self, study: Study | StudyRecord) -> np.ndarray:
         """Returns the tokens (N, S, C) float16 of a study that `fill` was given."""
-        return self._arrays[study.source][[self._rows[path] for path in study.images]]
+        return self.tokens(study.images)
+
+    def tokens(self, images: Sequence[Any]) -> np.ndarray:
+        """Returns the tokens (N, S, C) float16 of images that `fill` was given: paths, bytes, `ImageFile`."""
+        rows = []
+        for source in map(_source, images):
+            name = source if isinstance(source, Path) else _mark(source)
+            shelf, row = self._places[name]
+            rows.append(self._arrays[shelf][row])
+        return np.stack(rows)
+
+    def _open(self, source: str) -> "_Shelf":
+        return _Shelf(self.folder / f"{source}-{self._key}", self._token_shape())
 
     @torch.inference_mode()
-    def _fill(self, source: str, paths: Sequence[Path], batch_size: int) -> None:
-        data, index = (self.folder / f"{source}-{self._key}.{ending}" for ending in ("f16", "index"))
-        shape = self._token_shape()
-        row_bytes = shape[0] * shape[1] * 2
-        written = index.read_text(encoding="utf-8") if index.is_file() else ""
-        # A killed run may have written half a name, or names and tokens of which only one reached the disk.
-        whole_lines = written.split("\n")[:-1]
-        names = whole_lines[: data.stat().st_size // row_bytes] if data.is_file() else []
-        kept = "".join(f"{name}\n" for name in names)
-        if kept != written:
-            index.write_text(kept, encoding="utf-8")
-        marks = {path: _mark(path) for path in paths}
-        known = set(names)
-        missing = [path for path, mark in marks.items() if mark not in known]
-        with open(data, "ab") as data_file, open(index, "a", encoding="utf-8") as index_file:
-            data_file.truncate(len(names) * row_bytes)
-            bar = tqdm(total=len(missing), desc=f"image tokens of {source}", unit="image", disable=not missing)
-            for start in range(0, len(missing), batch_size):
-                chunk = missing[start : start + batch_size]
-                data_file.write(self._tokens(chunk).tobytes())
-                data_file.flush()
-                index_file.writelines(f"{marks[path]}\n" for path in chunk)
-                index_file.flush()
-                names += [marks[path] for path in chunk]
-                bar.update(len(chunk))
-            bar.close()
-        rows = {name: row for row, name in enumerate(names)}
-        self._rows |= {path: rows[mark] for path, mark in marks.items()}
-        self._arrays[source] = np.memmap(data, dtype=np.float16, mode="r", shape=(len(names), *shape))
-
-    def _tokens(self, paths: list[Path]) -> np.ndarray:
-        pixels = self.image_processor(paths, return_tensors="pt")["pixel_values"]  # (b, 1, 3, H, W)
+    def _tokens(self, sources: list[Any]) -> np.ndarray:
+        pixels = self.image_processor(sources, return_tensors="pt")["pixel_values"]  # (b, 1, 3, H, W)
         if pixels.shape[1] != 1:
             raise ValueError("Cached tokens expected files of one slice or view each, got a volume.")
         device = next(self.tower.parameters()).device
@@ -89,6 +96,7 @@ class FeatureCache:
             tokens = self.tower(pixel_values=pixels.flatten(0, 1).to(device)).last_hidden_state  # (b, S, C)
         return tokens.to(torch.float16).cpu().numpy()
 
+    @torch.inference_mode()
     def _token_shape(self) -> tuple[int, int]:
         size = self.image_processor.size
         device = next(self.tower.parameters()).device
@@ -96,9 +104,95 @@ class FeatureCache:
         return tuple(self.tower(pixel_values=pixels).last_hidden_state.shape[1:])
 
 
-def _mark(path: Path) -> str:
-    """Names an image file in the index: by folder and size too, so that another file of its name is another image."""
-    return f"{path.parent.name}/{path.name} {path.stat().st_size}"
+class _Shelf:
+    """The two files of one data set, open for appending: tokens, and the names of the images that they are of.
+
+    Args:
+        path: Of both, without ending.
+        shape: (S, C) of one image.
+
+    Attributes:
+        rows: Mark of an image to its row.
+        waiting: Mark to source, of what is to be computed next.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int]):
+        self.data, self.index = (path.with_name(f"{path.name}.{ending}") for ending in ("f16", "index"))
+        self.shape = shape
+        self.rows: dict[str, int] = {}
+        self.waiting: dict[str, Any] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> "_Shelf":
+        row_bytes = self.shape[0] * self.shape[1] * 2
+        written = self.index.read_text(encoding="utf-8") if self.index.is_file() else ""
+        # A killed run may have written half a name, or names and tokens of which only one reached the disk.
+        whole_lines = written.split("\n")[:-1]
+        names = whole_lines[: self.data.stat().st_size // row_bytes] if self.data.is_file() else []
+        kept = "".join(f"{name}\n" for name in names)
+        if kept != written:
+            self.index.write_text(kept, encoding="utf-8")
+        self.rows = {name: row for row, name in enumerate(names)}
+        self._count = len(names)
+        self._data_file = self._files.enter_context(open(self.data, "ab"))
+        self._index_file = self._files.enter_context(open(self.index, "a", encoding="utf-8"))
+        self._data_file.truncate(len(names) * row_bytes)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def want(self, mark: str, source: Any) -> None:
+        """Puts an image among those to be computed, unless its tokens are there."""
+        if mark not in self.rows:
+            self.waiting[mark] = source
+
+    def add(self, compute: Callable[[list[Any]], np.ndarray]) -> int:
+        """Computes and writes the tokens of what is waiting; returns of how many images."""
+        marks = list(self.waiting)
+        if marks:
+            self._data_file.write(compute(list(self.waiting.values())).tobytes())
+            self._data_file.flush()
+            self._index_file.writelines(f"{mark}\n" for mark in marks)
+            self._index_file.flush()
+        for mark in marks:
+            self.rows[mark] = self._count
+            self._count += 1
+        self.waiting = {}
+        return len(marks)
+
+    def tokens(self) -> np.memmap:
+        """Returns all tokens (rows, S, C) of the file."""
+        return np.memmap(self.data, dtype=np.float16, mode="r", shape=(self._count, *self.shape))
+
+
+def _source(image: Any) -> Any:
+    """Returns the path or the bytes of an image."""
+    if isinstance(image, ImageFile):
+        image = image.source
+    elif isinstance(image, Mapping):
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if hasattr(image, "read"):  # bytes in a shard
+        image = image.read()
+    return Path(image) if isinstance(image, (str, os.PathLike)) else image
+
+
+def _name(source: Any, mark: str) -> Any:
+    return source if isinstance(source, Path) else mark
+
+
+def _mark(source: Any) -> str:
+    """Names an image in the index.
+
+    A file by its folder and size too, so that another file of its name is another image; bytes by their content.
+    """
+    if isinstance(source, Path):
+        return f"{source.parent.name}/{source.name} {source.stat().st_size}"
+    if not isinstance(source, bytes):
+        raise ValueError(f"Cached tokens expected image files or their bytes, got {type(source).__name__}.")
+    return f"sha256:{hashlib.sha256(source).hexdigest()} {len(source)}"
 
 
 def _fingerprint(tower: torch.nn.Module, image_processor: M3FMImageProcessor) -> str:

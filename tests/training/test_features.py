@@ -10,6 +10,7 @@ from PIL import Image
 
 from m3fm import M3FMImageProcessor
 from m3fm.data import Study
+from m3fm.data.schema import ImageFile, StudyRecord
 from m3fm.training.features import FeatureCache
 
 
@@ -177,3 +178,59 @@ def test_a_volume_is_refused(processor, tmp_path):
     cache = FeatureCache(tmp_path / "cache", Tower(), processor)
     with pytest.raises(ValueError, match="one slice or view each, got a volume"):
         cache.fill([Study("v", "volumes", "ct", (path,), None, {}, None, None)])
+
+
+def records_of(studies: list[Study]) -> list[StudyRecord]:
+    """Returns the same studies as if from shards: bytes, under names that say nothing."""
+    return [
+        StudyRecord(
+            each.study_id,
+            each.source,
+            each.modality,
+            images=tuple(ImageFile(Path("image.png"), path.read_bytes()) for path in each.images),
+        )
+        for each in studies
+    ]
+
+
+def test_images_of_shards_are_known_by_their_content(studies, processor, tmp_path):
+    records = records_of(studies)
+    twice = StudyRecord("twice", "first", "cxr", images=(*records[1].images, *records[0].images, *records[1].images))
+    tower = Tower()
+    cache = FeatureCache(tmp_path / "cache", tower, processor)
+    cache.fill(iter([*records, twice, *records_of(studies)]), batch_size=3)  # a stream, gone through once
+    assert tower.seen == len(studies)
+    for record, study in zip(records, studies, strict=True):
+        np.testing.assert_array_equal(cache.get(record), expected(study, processor))
+    tokens = [expected(studies[place], processor) for place in (1, 0, 1)]
+    np.testing.assert_array_equal(cache.get(twice), np.concatenate(tokens))
+
+    later = Tower()
+    again = FeatureCache(tmp_path / "cache", later, processor)
+    again.fill(records)
+    assert later.seen == 0
+    np.testing.assert_array_equal(again.get(records[4]), expected(studies[4], processor))
+
+
+def test_names_of_image_files_in_the_index_stay_what_they_were(studies, processor, tmp_path):
+    FeatureCache(tmp_path / "cache", Tower(), processor).fill(studies[:2])
+    _, index = files_of_first(tmp_path / "cache")
+    sizes = [study.images[0].stat().st_size for study in studies]
+    assert index.read_text(encoding="utf-8") == f"first/0.png {sizes[0]}\nfirst/1.png {sizes[1]}\n"
+
+
+def test_paths_and_bytes_share_a_file(studies, processor, tmp_path):
+    tower = Tower()
+    cache = FeatureCache(tmp_path / "cache", tower, processor)
+    cache.fill([*studies[:2], *records_of(studies[1:4])])
+    assert tower.seen == 5  # what is known by its name is not known by its content
+    _, index = files_of_first(tmp_path / "cache")
+    kinds = [line.split(":")[0] for line in index.read_text(encoding="utf-8").splitlines()]
+    assert [kind == "sha256" for kind in kinds] == [False, False, True, True, True]
+
+
+def test_images_in_memory_that_are_no_files_are_refused(processor, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    study = Study("a", "first", "cxr", (np.zeros((8, 8), np.uint8),), None, {}, None, None)
+    with pytest.raises(ValueError, match="image files or their bytes, got ndarray"):
+        cache.fill([study])

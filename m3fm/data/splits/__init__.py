@@ -1,33 +1,53 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""Validation parts for the sets that come without one.
+"""Splits that keep patients, source documents and near-duplicate images together, as lists of study ids.
+
+`grouped_split` makes one for any set, `read_split` and `apply_split` use it. Beside them lie validation parts for the
+sets that come without one (`carve_validation`), and a fair split for a set whose published one is not (`FAIR_SPLITS`).
 
 `python -m m3fm.data.splits --data_root DIR` makes the lists in this folder again, bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..studies import Study, read_studies, source_name, training_part
+from .documents import SplitDocument, apply_split, check_set, read_split, split_set
+from .fair import FAIR_SPLITS, fair_split, fair_split_file
+from .grouping import DEFAULT_FRACTIONS, choose_groups, grouped_split, named_fractions
 
-__all__ = ["CARVED_FOLDERS", "carve_validation", "new_to", "split_document", "split_leaks"]
+__all__ = [
+    "CARVED_FOLDERS",
+    "DEFAULT_FRACTIONS",
+    "FAIR_SPLITS",
+    "SplitDocument",
+    "apply_split",
+    "carve_validation",
+    "check_set",
+    "fair_split",
+    "fair_split_file",
+    "grouped_split",
+    "named_fractions",
+    "new_to",
+    "read_split",
+    "split_document",
+    "split_leaks",
+    "split_set",
+]
 
 CARVED_FOLDERS = ("covid_chestxray", "kermany_pneumonia_224", "tb_shenzhen_montgomery_128")
 FRACTION = 0.15
 SEED = 2026
-# One collection of many patients must not be most of a validation part.
-_LARGEST_GROUP = 0.25
 
 
 def carve_validation(studies: Sequence[Study], fraction: float, seed: int) -> list[str]:
     """Choose a validation part that shares no patient and no source paper with the rest.
 
-    Groups are visited in an order drawn by the seed. A group is taken when that brings the number of studies with each
-    finding, and in each modality, closer to its share; groups above a quarter of the wanted part stay in training.
+    The part has its share of the studies with each finding, and in each modality (`choose_groups`); groups above a
+    quarter of the wanted part stay in training.
 
     Args:
         studies: In any order: the choice does not depend on it.
@@ -45,30 +65,17 @@ def carve_validation(studies: Sequence[Study], fraction: float, seed: int) -> li
     groups: dict[str, list[Study]] = {}
     for study in studies:
         groups.setdefault(study.grouped_key, []).append(study)
-    wanted = {stratum: fraction * count for stratum, count in _strata(studies).items()}
-    taken: Counter[str] = Counter()
-    chosen: list[str] = []
-    # Hashed rather than shuffled: the same on every Python and machine.
-    for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest()):
-        group = groups[key]
-        gains = _strata(group)
-        change = sum(abs(wanted[s] - taken[s] - n) - abs(wanted[s] - taken[s]) for s, n in gains.items())
-        if change < 0 and len(group) <= max(1, _LARGEST_GROUP * fraction * len(studies)):
-            taken += gains
-            chosen += [study.study_id for study in group]
-    return sorted(chosen)
+    total = Counter(stratum for study in studies for stratum in _strata(study))
+    wanted = {stratum: fraction * count for stratum, count in total.items()}
+    strata = {key: [_strata(study) for study in group] for key, group in groups.items()}
+    chosen = choose_groups(strata, wanted, fraction * len(studies), seed)
+    return sorted(study.study_id for key in chosen for study in groups[key])
 
 
-def _strata(studies: Sequence[Study]) -> Counter[str]:
-    """Count studies per modality and per finding present in it."""
-    return Counter(
-        stratum
-        for study in studies
-        for stratum in (
-            study.modality,
-            *(f"{study.modality}/{name}" for name, value in (study.findings or {}).items() if value > 0),
-        )
-    )
+def _strata(study: Study) -> tuple[str, ...]:
+    """Return what a study counts for: its modality, and each finding present in it."""
+    findings = (name for name, value in (study.findings or {}).items() if value > 0)
+    return (study.modality, *(f"{study.modality}/{name}" for name in findings))
 
 
 def split_leaks(studies: Sequence[Study]) -> int:
