@@ -15,6 +15,7 @@ from m3fm_options import EXIT_ERROR
 
 from ..evaluation.tables import markdown_table
 from .opening import OpenSet, open_set
+from .sets import find_set
 from .sets.folder import source_name
 from .statistics import SetStatistics, count_set, statistics_markdown
 
@@ -28,6 +29,8 @@ def inspect(args: Namespace) -> int:
     """Says what a data set is and holds."""
     opened = _open(args)
     statistics = count_set(opened, opened.set.name).as_dict()
+    if not statistics["studies"]:
+        raise ValueError(f"{args.path}: no study to count. {opened.reading.summary()}".strip())
     facts = _facts(opened, statistics)
     if args.json:
         sys.stdout.write(json.dumps({**facts, "statistics": statistics}, ensure_ascii=False, indent=1) + "\n")
@@ -144,8 +147,13 @@ def check_pairs(args: Namespace) -> int:
 
 
 def _open(args: Namespace) -> OpenSet:
-    images = "unchecked" if args.tables_only else "required"
+    images = "unchecked" if args.tables_only or _is_sharded(args) else "required"
     return open_set(args.path, args.set, args.part, args.on_bad, images)
+
+
+def _is_sharded(args: Namespace) -> bool:
+    """Tells whether images lie in shards, from which they are then read when they are needed."""
+    return (args.set or find_set(Path(args.path)).name) == "parquet"
 
 
 def _told(opened: OpenSet) -> int:

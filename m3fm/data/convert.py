@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -20,16 +21,18 @@ from .data_card import data_card
 from .opening import OpenSet
 from .pseudonyms import Pseudonyms
 from .schema import LabelState, StudyRecord, features
-from .sets.parquet import MANIFEST
+from .sets.parquet import MANIFEST, read_manifest
 from .splits import SplitDocument, apply_split
 from .stored_images import ImageStore
-from .tables import BadRow
+from .tables import BAD_KINDS, BadRow
 
 __all__ = ["convert_set"]
 
 #: The part of studies for which the set states none.
 UNSPLIT = "unsplit"
 _FORMAT = 1
+# To `datasets`, all parts together.
+_RESERVED = "all"
 # A row group is what a reader holds in memory; pages of the hub's viewer are of this size too.
 _GROUP_ROWS, _GROUP_BYTES = 100, 64 << 20
 _STATE_NUMBERS = {state.value: number for number, state in enumerate(LabelState)}
@@ -71,6 +74,9 @@ def convert_set(
         ImportError: If pyarrow or `datasets` is not installed.
     """
     output, store = Path(output), store or ImageStore()
+    if pseudonyms is not None and store.mode == "paths":
+        raise ValueError("pseudonyms need images='bytes': paths may name patients")
+    _check_apart(output, opened.root)
     settings = {
         "set": opened.set.name,
         "split": opened.split,
@@ -79,30 +85,48 @@ def convert_set(
         "parts": None if parts is None else _digest(f"{study}\t{part}" for study, part in sorted(parts.items())),
         "pseudonyms": None if pseudonyms is None else pseudonyms.fingerprint,
     }
-    if pseudonyms is not None and store.mode == "paths":
-        raise ValueError("pseudonyms need images='bytes': paths may name patients")
     manifest = _open_manifest(output, settings, resume)
     writer = _ShardWriter(output, manifest, shard_bytes)
-    records = iter(_with_parts(opened, parts))
     with tqdm(desc=f"convert {opened.set.name}", unit="study") as bar:
-        records = writer.skip_written(records, bar)
-        for result, record in _stored(records, store, num_workers):
+        records = writer.skip_written(_distinct(_with_parts(opened, parts), opened), bar)
+        for number, (result, record) in enumerate(_stored(records, store, num_workers), start=bar.n + 1):
             bar.update()
             if result.error is None:
-                writer.write(result.value if pseudonyms is None else pseudonyms.replace(result.value))
+                writer.write(record, result.value if pseudonyms is None else pseudonyms.replace(result.value))
             elif isinstance(result.error, (ValueError, OSError)):
-                opened.reading.tell(_unreadable(record, result.error))
+                reason = f": {result.error}" if pseudonyms is None else ""
+                opened.reading.tell(_bad_study(opened, "unreadable_image", number, f"cannot be stored{reason}"))
                 writer.pass_over(record)
             else:
                 raise result.error
     writer.close()
-    manifest.bad_rows = {f"{file}: {kind}": count for (file, kind), count in sorted(opened.reading.counts.items())}
-    if not manifest.shards:
-        raise ValueError(f"{opened.root}: no study to convert. {opened.reading.summary()}".strip())
-    manifest.complete = True
+    manifest.finish(opened)
     manifest.save(output)
     (output / "README.md").write_text(data_card(opened.set, manifest.as_dict()), encoding="utf-8")
     return manifest.as_dict()
+
+
+def _check_apart(output: Path, root: Path) -> None:
+    """Refuse an output that is the input, or around it: beginning anew would take away what is read."""
+    written, read = output.resolve(), root.resolve()
+    if written == read or written in read.parents:
+        raise ValueError(f"{output}: expected a folder apart from the set that is read, {root}")
+
+
+def _distinct(records: Iterable[StudyRecord], opened: OpenSet) -> Iterator[StudyRecord]:
+    """Yield each study once; those that come again are told of."""
+    seen: set[int] = set()
+    for number, record in enumerate(records, start=1):
+        mark = hash((record.source, record.study_id))
+        if mark in seen:
+            opened.reading.tell(_bad_study(opened, "duplicate_id", number, "has the id of an earlier one"))
+            continue
+        seen.add(mark)
+        yield record
+
+
+def _bad_study(opened: OpenSet, kind: str, number: int, message: str) -> BadRow:
+    return BadRow(kind, opened.root, None, f"study number {number}, in the order of the set, {message}")
 
 
 def _with_parts(opened: OpenSet, parts: SplitDocument | None) -> Iterable[StudyRecord]:
@@ -126,11 +150,6 @@ def _stored(records: Iterator[StudyRecord], store: ImageStore, num_workers: int)
         yield result, waiting.pop(0)
 
 
-def _unreadable(record: StudyRecord, error: Exception) -> BadRow:
-    first = record.images[0].path if record.images else Path(record.source)
-    return BadRow("unreadable_image", first, None, f"an image of the study cannot be stored: {error}")
-
-
 def _digest(lines: Any) -> str:
     digest = hashlib.sha256()
     for line in lines:
@@ -148,9 +167,9 @@ class _Manifest:
 
     Attributes:
         settings: Those that make another output.
-        shards: A row each: file, part, rows, studies (rows and those passed over), digest of the study ids, rows by
-            modality and by language of their text.
-        bad_rows: Counts by file and kind.
+        shards: A row each: file, part, its number in the part, rows, studies (rows and those passed over), digest of the
+            study ids, rows by modality and by language of their text.
+        bad_rows: Counts by kind.
         complete: Whether all is written.
     """
 
@@ -170,6 +189,22 @@ class _Manifest:
         counts = {"studies": dict(studies), "modalities": dict(modalities), "languages": dict(languages)}
         return {"format": _FORMAT, **counts, **vars(self)}
 
+    def finish(self, opened: OpenSet) -> None:
+        """Take down the bad rows, by kind: the names of tables may be those of files that name patients.
+
+        Raises:
+            ValueError: If no study was written.
+        """
+        counts: Counter[str] = Counter()
+        for (_, kind), count in opened.reading.counts.items():
+            counts[kind] += count
+        # Studies of shards that an earlier run wrote are not read again.
+        counts["unreadable_image"] = sum(shard["studies"] - shard["rows"] for shard in self.shards)
+        self.bad_rows = {kind: counts[kind] for kind in BAD_KINDS if counts[kind]}
+        if not any(shard["rows"] for shard in self.shards):
+            raise ValueError(f"{opened.root}: no study to convert. {opened.reading.summary()}".strip())
+        self.complete = True
+
     def save(self, output: Path) -> None:
         draft = output / f"{MANIFEST}.tmp"
         draft.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -177,11 +212,10 @@ class _Manifest:
 
 
 def _open_manifest(output: Path, settings: dict[str, Any], resume: bool) -> _Manifest:
-    path, data = output / MANIFEST, output / "data"
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
+    data, saved = output / "data", read_manifest(output)
+    if saved is not None:
         if resume and saved.get("settings") == settings and saved.get("format") == _FORMAT:
-            return _Manifest(settings, saved["shards"])
+            return _Manifest(settings, _there(saved["shards"], output))
         if resume:
             raise ValueError(
                 f"{output}: holds a conversion with other settings ({saved.get('settings')}); got {settings}. Choose "
@@ -197,6 +231,15 @@ def _open_manifest(output: Path, settings: dict[str, Any], resume: bool) -> _Man
     return manifest
 
 
+def _there(shards: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """Return the shards of each part up to the first that somebody took away."""
+    missing = {shard["part"]: math.inf for shard in shards}
+    for shard in shards:
+        if not (output / shard["file"]).is_file():
+            missing[shard["part"]] = min(missing[shard["part"]], shard["number"])
+    return [shard for shard in shards if shard["number"] < missing[shard["part"]]]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Shards
 
@@ -210,6 +253,7 @@ class _OpenShard:
     """
 
     file: Path
+    number: int
     writer: Any
     rows: int = 0
     bytes: int = 0
@@ -264,9 +308,10 @@ class _ShardWriter:
         if any(whole.values()):
             raise ValueError(f"{self._output}: the set has fewer studies than when this run was stopped; overwrite it")
 
-    def write(self, record: StudyRecord) -> None:
+    def write(self, record: StudyRecord, stored: StudyRecord) -> None:
+        """Write a study; `record` is as the set has it, `stored` as it goes into the shard."""
         shard = self._take(record)
-        row = _coded(record.as_row())
+        row = _coded(stored.as_row())
         size = sum(len(each["bytes"] or b"") for each in row["images"]) + 1024
         shard.waiting.append(row)
         shard.waiting_bytes += size
@@ -293,7 +338,7 @@ class _ShardWriter:
             number = sum(shard["part"] == part for shard in self._manifest.shards)
             file = self._output / "data" / f"{part}-{number:05d}.parquet"
             writer = self._parquet.ParquetWriter(file.with_suffix(".tmp"), self._schema, compression="zstd")
-            self._open[part] = _OpenShard(file, writer)
+            self._open[part] = _OpenShard(file, number, writer)
         shard = self._open[part]
         shard.studies += 1
         shard.digest.update(_mark(record))
@@ -315,6 +360,7 @@ class _ShardWriter:
             {
                 "file": f"data/{shard.file.name}",
                 "part": part,
+                "number": shard.number,
                 "rows": shard.rows,
                 "studies": shard.studies,
                 "digest": shard.digest.hexdigest(),
@@ -334,7 +380,8 @@ def _coded(row: dict[str, Any]) -> dict[str, Any]:
 
 def _part(record: StudyRecord) -> str:
     """Return the name of a part as `datasets` allows it."""
-    return _NOT_IN_NAMES.sub("_", record.split) if record.split else UNSPLIT
+    name = _NOT_IN_NAMES.sub("_", record.split) if record.split else UNSPLIT
+    return f"part_{name}" if name == _RESERVED else name
 
 
 def _mark(record: StudyRecord) -> bytes:

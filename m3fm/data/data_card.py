@@ -22,7 +22,7 @@ studies = load_dataset("PATH", split="{part}", streaming=True)  # rows of m3fm.d
 ```python
 from m3fm.data import open_set
 
-for record in open_set("PATH", split="{part}"):  # StudyRecord
+for record in open_set("PATH"):  # StudyRecord
     ...
 ```"""
 
@@ -59,7 +59,7 @@ def data_card(study_set: StudySet, manifest: Mapping[str, Any]) -> str:
         _HOW.format(part=next(iter(parts))),
         f"- Images: {stored}.",
         f"- Ids: {'pseudonyms' if settings['pseudonyms'] else 'as the set has them'}.",
-        f"- Terms: {study_set.licence}; the column `licence` says it for each study. They bind whoever passes this on.",
+        f"- Terms: {study_set.licence}; the column `licence` says it for each study. They bind whoever passes it on.",
     ]
     if study_set.url:
         sections.append(f"- Source: {study_set.url}")

@@ -110,7 +110,7 @@ def image_statistics(images: Iterable[ImageFile]) -> dict[str, Any]:
     for image in tqdm(images, desc="image headers", unit="image"):
         try:
             facts.append(image_facts(image))
-        except (ValueError, OSError, ImportError):
+        except (ValueError, OSError, ImportError, Image.DecompressionBombError):
             unreadable += 1
     return {
         "images": len(facts),

@@ -73,15 +73,15 @@ class OpenSet:
                 yield record
 
     def dataset(self) -> datasets.Dataset:
-        """Return all studies as a `datasets.Dataset`; images stay paths.
+        """Return all studies as a `datasets.Dataset`, in memory; images that are files stay paths.
 
         Raises:
             ImportError: If `datasets` is not installed.
             ValueError: Without a study.
         """
+        schema = features()
         import datasets
 
-        schema = features()
         columns: dict[str, list[Any]] = {name: [] for name in schema}
         for record in self:
             for name, value in record.as_row().items():

@@ -86,6 +86,6 @@ class Pseudonyms:
         )
 
 
-def _suffix(path: Path) -> str:
-    name = path.name.lower()
+def _suffix(path: Path | None) -> str:
+    name = "" if path is None else path.name.lower()
     return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from ..chest_image_m3fm import ChestImage
 from ..series_m3fm import read_study
-from ..study_files_m3fm import path_kind
+from ..study_files_m3fm import kind_of, path_kind
 from .schema import ImageFile, StudyRecord
 
 __all__ = ["IMAGE_MODES", "ImageStore"]
@@ -26,8 +26,11 @@ IMAGE_MODES = ("paths", "bytes")
 # Hounsfield units that 16 bits hold; what lies outside is a broken voxel.
 _HU_RANGE = (-32768, 32767)
 _FAST_GZIP = 1
-# Pictures of 8 bits by their mode, and the mode in which they are resized.
-_RESIZED_AS = {"1": "L", "L": "L", "LA": "LA", "P": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+# Pictures by their mode, and the mode in which they are resized; "F" are those of 16 bits.
+_RESIZED_AS = {
+    **{"1": "L", "L": "L", "LA": "LA", "P": "RGBA", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"},
+    **dict.fromkeys(("I;16", "I;16B", "I"), "F"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class ImageStore:
 
     Args:
         mode: One of `IMAGE_MODES`.
-        size: Longest shortest side of a radiograph or a picture of a slice in pixels, to which larger ones are reduced
-            and become PNG; None keeps every size. Volumes are never reduced.
+        size: Shortest side in pixels to which larger radiographs and pictures of slices are reduced, as PNG; None
+            keeps every size. Volumes and pictures of several pages are never reduced.
 
     Raises:
         ValueError: For an unknown mode, a size below 32, or a size where only paths are stored.
@@ -69,17 +72,21 @@ class ImageStore:
         """
         if self.mode == "paths":
             return replace(record, images=tuple(map(_absolute, record.images)))
-        files = [each.path for each in record.images if each.data is None]
-        if files and len(files) == len(record.images) and all(path_kind(path) == "dicom" for path in files):
-            return replace(record, images=_from_dicom(record, self.size))
-        return replace(record, images=tuple(self._stored(each) for each in record.images))
+        named = [each if each.path is not None else replace(each, path=Path("image")) for each in record.images]
+        # By content: a file of any name, and bytes in a shard, may be DICOM.
+        if named and all(_kind(each) == "dicom" for each in named):
+            return replace(record, images=_from_dicom(named, self.size))
+        return replace(record, images=tuple(map(self._stored, named)))
 
     def _stored(self, image: ImageFile) -> ImageFile:
         data = image.read()
-        if image.data is None and path_kind(image.path) == "dicom":
+        kind = kind_of(data)
+        if kind is None:
+            raise ValueError(f"{image.path}: no image that can be read")
+        if kind == "dicom":
             # Beside files of other kinds, each is one image.
-            return _encode(read_study([image.path])[0], image, self.size)
-        if self.size is not None and (reduced := _reduced(data, self.size)) is not None:
+            return _encode(read_study([image.source])[0], image, self.size)
+        if kind == "raster" and self.size is not None and (reduced := _reduced(data, self.size)) is not None:
             return ImageFile(Path(image.path.stem + ".png"), reduced, image.view)
         return ImageFile(Path(image.path.name), data, image.view)
 
@@ -90,12 +97,14 @@ def _absolute(image: ImageFile) -> ImageFile:
     return replace(image, path=image.path.absolute())
 
 
-def _from_dicom(record: StudyRecord, size: int | None) -> tuple[ImageFile, ...]:
-    """Return the views of a study, or the volume that its slices make."""
-    images = read_study([each.path for each in record.images])
-    # Slices become one volume, whose name is that of the first.
-    named = record.images if len(images) == len(record.images) else record.images[: len(images)]
-    return tuple(_encode(image, name, size) for image, name in zip(images, named, strict=True))
+def _kind(image: ImageFile) -> str | None:
+    return path_kind(image.path) if image.data is None else kind_of(image.read())
+
+
+def _from_dicom(files: list[ImageFile], size: int | None) -> tuple[ImageFile, ...]:
+    """Return the views of a study, or the volume that its slices make, which has the name of the first."""
+    images = read_study([each.source for each in files])
+    return tuple(_encode(image, file, size) for image, file in zip(images, files, strict=False))
 
 
 def _encode(image: ChestImage, named: ImageFile, size: int | None) -> ImageFile:
@@ -121,15 +130,23 @@ def _nifti(image: ChestImage) -> bytes:
 
 
 def _reduced(data: bytes, size: int) -> bytes | None:
-    """Return a smaller picture as PNG; None for what is small enough, or no picture of 8 bits."""
+    """Return a smaller picture as PNG; None for what is small enough, has several pages, or no known form.
+
+    Raises:
+        ValueError: If the picture cannot be decoded.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            if min(picture.size) <= size or picture.mode not in _RESIZED_AS:
+            if min(picture.size) <= size or getattr(picture, "n_frames", 1) > 1 or picture.mode not in _RESIZED_AS:
                 return None
             turned = ImageOps.exif_transpose(picture)
-            return _png(_shrunk(turned.convert(_RESIZED_AS[picture.mode]), size))
-    except (OSError, Image.DecompressionBombError):
-        return None
+            if _RESIZED_AS[picture.mode] != "F":
+                return _png(_shrunk(turned.convert(_RESIZED_AS[picture.mode]), size))
+            levels = np.asarray(turned).astype(np.float32)  # Pillow does not resize 16 bits
+            smaller = np.asarray(_shrunk(Image.fromarray(levels), size))
+            return _png(Image.fromarray(np.clip(np.round(smaller), 0, 65535).astype(np.uint16)))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"a picture that cannot be decoded ({type(error).__name__})") from None
 
 
 def _shrunk(picture: Image.Image, size: int | None) -> Image.Image | None:

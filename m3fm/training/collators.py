@@ -109,10 +109,13 @@ class ReportTexts:
             ValueError: If a study has no report in the language.
         """
         spoken = [_drawn_language(study, self.language, self.languages, draw) for study in studies]
-        prompts = torch.tensor([self._prompts[code] for code in spoken])  # (B, P + 1)
+        return self.decoder_inputs([study.reports[code] for study, code in zip(studies, spoken, strict=True)], spoken)
+
+    def decoder_inputs(self, texts: Sequence[str], languages: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Builds the inputs of texts, each in its language."""
+        prompts = torch.tensor([self._prompts[code] for code in languages])  # (B, P + 1)
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        texts = [study.reports[code] for study, code in zip(studies, spoken, strict=True)]
-        bodies = [self._encoded(text) + [end] for text in texts]
+        bodies = [self.encoded(text) + [end] for text in texts]
         longest = max(map(len, bodies))
         ids = torch.tensor([body + [pad] * (longest - len(body)) for body in bodies])
         real = torch.tensor([[1] * len(body) + [0] * (longest - len(body)) for body in bodies])
@@ -122,7 +125,8 @@ class ReportTexts:
             "labels": torch.cat([torch.full_like(prompts, -100), ids.masked_fill(real == 0, -100)], dim=1),
         }
 
-    def _encoded(self, text: str) -> list[int]:
+    def encoded(self, text: str) -> list[int]:
+        """Returns the tokens of a report, shortened to its last whole sentence where it is too long."""
         ids = self.tokenizer(text)["input_ids"]
         if len(ids) < self.max_length:
             return ids

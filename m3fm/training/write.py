@@ -27,6 +27,7 @@ from ..input_check_m3fm import InputCheck
 from ..layers_m3fm import add_noise
 from ..modeling_m3fm import M3FMForReportGeneration, M3FMModel
 from ..processing_m3fm import M3FMProcessor
+from .collators import ReportTexts
 from .features import FeatureCache
 from .runs import ScoredTrainer, batch_generator, check_single_device, finish_run, train_or_resume
 
@@ -195,11 +196,9 @@ class WriteCollator:
         recipe: WriteRecipe,
         cache: FeatureCache,
     ):
-        self.build_prompt = model.build_prompt
-        self.tokenizer = processor.tokenizer
+        self.texts = ReportTexts(processor.tokenizer, model.config, max_length=recipe.max_text_length)
         self.bank = bank
         self.cross_lingual = recipe.cross_lingual
-        self.max_length = recipe.max_text_length
         self.cache = cache
 
     def __call__(self, items: list[Passage | tuple[Study, str]]) -> dict[str, Any]:
@@ -209,41 +208,19 @@ class WriteCollator:
         pairs = [item for item in items if not isinstance(item, Passage)]
         batch = {}
         if passages:
-            inputs = self.decoder_inputs([item.text for item in passages], [item.language for item in passages])
+            inputs = self.texts.decoder_inputs([item.text for item in passages], [item.language for item in passages])
             batch["text"] = inputs | {
                 "shared_embeds": self.bank.embeds[[self._source_row(item, rng) for item in passages]]
             }
         if pairs:
-            inputs = self.decoder_inputs([s.reports[language] for s, language in pairs], [code for _, code in pairs])
+            reports = [study.reports[language] for study, language in pairs]
+            inputs = self.texts.decoder_inputs(reports, [language for _, language in pairs])
             batch["image"] = inputs | self.images([study for study, _ in pairs])
         return batch
 
     def images(self, studies: list[Study]) -> dict[str, torch.Tensor]:
         """Stacks the cached tokens of studies of one image each: (B, 1, S, C)."""
         return {"vision_features": torch.from_numpy(np.stack([self.cache.get(study) for study in studies])).float()}
-
-    def decoder_inputs(self, texts: list[str], languages: list[str]) -> dict[str, torch.Tensor]:
-        """Builds `input_ids`, `attention_mask` and `labels` (B, T), padded on the right."""
-        prompts = self.build_prompt(languages).cpu()  # (B, P + 1)
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        bodies = [self._encode(text) + [end] for text in texts]
-        longest = max(map(len, bodies))
-        ids = torch.tensor([body + [pad] * (longest - len(body)) for body in bodies])
-        real = torch.tensor([[1] * len(body) + [0] * (longest - len(body)) for body in bodies])
-        return {
-            "input_ids": torch.cat([prompts, ids], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(prompts), real], dim=1),
-            "labels": torch.cat([torch.full_like(prompts, -100), ids.masked_fill(real == 0, -100)], dim=1),
-        }
-
-    def _encode(self, text: str) -> list[int]:
-        """Encodes a report; one that is too long ends with its last whole sentence."""
-        ids = self.tokenizer(text)["input_ids"]
-        if len(ids) < self.max_length:
-            return ids
-        kept = self.tokenizer.decode(ids[: self.max_length - 1], skip_special_tokens=True)
-        end = max(kept.rfind(mark) for mark in (". ", "。", "；", "; "))
-        return self.tokenizer(kept[: end + 1] if end > 0 else kept)["input_ids"][: self.max_length - 1]
 
     def _source_row(self, passage: Passage, rng: np.random.Generator) -> int:
         if passage.other_rows and rng.random() < self.cross_lingual:

@@ -173,6 +173,7 @@ def test_errors_say_what_was_expected(tmp_path, folder, capsys):
         (("split", folder, "--output", tmp_path / "s.json", "--fractions", "0.5"), "two or three fractions, got 1"),
         (("convert", folder, "--images", "paths", "--size", 64, "--output", tmp_path / "o"), "images='bytes'"),
         (("stats", folder, "--part", "nowhere", "--output", tmp_path / "o"), "no study to count"),
+        (("inspect", folder, "--part", "nowhere"), "no study to count"),
     ):
         code, _, err = run(capsys, *words)
         assert code == 2

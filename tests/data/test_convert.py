@@ -8,8 +8,11 @@ import pytest
 from m3fm.data.convert import convert_set
 from m3fm.data.opening import open_set
 from m3fm.data.pseudonyms import Pseudonyms
+from m3fm.data.schema import ImageFile, StudyRecord
 from m3fm.data.splits import SplitDocument
 from m3fm.data.stored_images import ImageStore
+from tests.dicom_files import SECRET, dicom_bytes, radiograph
+from tests.phantoms import radiograph_pixels
 from tests.study_sets import made_records, opened
 
 
@@ -177,6 +180,81 @@ def test_pseudonyms_leave_no_id_in_the_output(tmp_path, records):
     assert [each.read() for record in back for each in record.images]
     with pytest.raises(ValueError, match="pseudonyms need images='bytes'"):
         convert_set(opened(records), tmp_path / "paths", ImageStore("paths"), pseudonyms=names)
+
+
+def test_a_run_with_pseudonyms_goes_on(tmp_path, records):
+    names = Pseudonyms(bytes(range(32)))
+    with pytest.raises(KeyboardInterrupt):
+        convert_set(opened(records), tmp_path / "out", StoreThatStops(), pseudonyms=names, shard_bytes=1)
+    facts = convert_set(opened(records), tmp_path / "out", pseudonyms=names, shard_bytes=1)
+    assert sum(facts["studies"].values()) == 7
+    assert convert_set(opened(records), tmp_path / "out", pseudonyms=names, shard_bytes=1) == facts
+
+
+def test_an_image_that_cannot_be_read_is_told_without_its_name_where_names_are_replaced(tmp_path, records, capsys):
+    records[3].images[0].path.write_bytes(b"<html>")
+    source = opened(records, on_bad="skip")
+    facts = convert_set(source, tmp_path / "out", pseudonyms=Pseudonyms(bytes(range(32))))
+    assert facts["bad_rows"] == {"unreadable_image": 1}
+    assert "study number 4" in source.reading.summary()
+    assert "DOE" not in source.reading.summary() + (tmp_path / "out/README.md").read_text() + capsys.readouterr().err
+
+
+def test_dicom_in_a_shard_loses_its_header_too(tmp_path):
+    data = dicom_bytes(radiograph(radiograph_pixels(1)))
+    record = StudyRecord("a", "made_up", "cxr", images=(ImageFile(None, data),))
+    convert_set(opened([record]), tmp_path / "out")
+    (back,) = open_set(tmp_path / "out")
+    assert SECRET.encode() in data
+    assert back.images[0].read().startswith(b"\x89PNG")
+
+
+def test_a_study_that_comes_again_is_told_of(tmp_path, records):
+    with pytest.raises(ValueError, match="study number 8, in the order of the set, has the id of an earlier one"):
+        convert_set(opened([*records, records[2]]), tmp_path / "raised")
+    facts = convert_set(opened([*records, records[2]], on_bad="skip"), tmp_path / "out")
+    assert facts["bad_rows"] == {"duplicate_id": 1}
+    assert len(list(open_set(tmp_path / "out"))) == 7
+
+
+def test_the_input_is_never_the_output(tmp_path, records):
+    convert_set(opened(records), tmp_path / "out")
+    for place in (tmp_path / "out", tmp_path):
+        with pytest.raises(ValueError, match="expected a folder apart from the set that is read"):
+            convert_set(open_set(tmp_path / "out"), place, resume=False)
+    assert len(list(open_set(tmp_path / "out"))) == 7
+
+
+def test_a_shard_that_was_taken_away_is_written_again(tmp_path, records):
+    whole = convert_set(opened(records), tmp_path / "out", shard_bytes=1)
+    (tmp_path / "out/data/train-00001.parquet").unlink()
+    again = convert_set(opened(records), tmp_path / "out", shard_bytes=1)
+    assert sorted(again["shards"], key=str) == sorted(whole["shards"], key=str)
+    assert len(list(open_set(tmp_path / "out"))) == 7
+
+
+def test_a_damaged_manifest_is_named(tmp_path, records):
+    convert_set(opened(records), tmp_path / "out")
+    for content in ("[]", '{"shards": ['):
+        (tmp_path / "out/m3fm.json").write_text(content)
+        with pytest.raises(ValueError, match=r"m3fm\.json: expected what m3fm data convert writes"):
+            list(open_set(tmp_path / "out"))
+
+
+def test_parts_whose_names_datasets_keeps_for_itself(tmp_path, records):
+    from datasets import load_dataset
+
+    convert_set(opened([replace(record, split="all") for record in records]), tmp_path / "out")
+    assert list(load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))) == ["part_all"]
+    assert {record.split for record in open_set(tmp_path / "out")} == {"all"}
+
+
+def test_nothing_but_unreadable_images_is_an_error(tmp_path, records):
+    for record in records:
+        for image in record.images:
+            image.path.unlink()
+    with pytest.raises(ValueError, match="no study to convert"):
+        convert_set(opened(records, on_bad="skip"), tmp_path / "out")
 
 
 def test_the_card_says_what_it_is_and_under_what_terms(tmp_path, records):

@@ -86,13 +86,13 @@ def test_every_set_is_tried_here():
     assert {layout.partition(" ")[0] for layout in LAYOUTS} == {*set_names()} - {"parquet"}
 
 
-def test_shards_are_told_before_all_else(tmp_path, folder):
+def test_a_list_of_ones_own_decides_whatever_lies_beside_it(tmp_path, folder):
     pytest.importorskip("datasets")
     (tmp_path / "shards").mkdir()
     open_set(folder).dataset().to_parquet(tmp_path / "shards" / "train-00000.parquet")
     assert find_set(tmp_path / "shards").name == "parquet"
     write(tmp_path / "shards", {"metadata.jsonl": ""})
-    assert find_set(tmp_path / "shards").name == "parquet"
+    assert find_set(tmp_path / "shards").name == "folder"
 
 
 @pytest.mark.parametrize("files", [{}, {"a.png": "", "notes/metadata.csv": ""}, {"test/a.png": ""}])

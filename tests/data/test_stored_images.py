@@ -98,6 +98,31 @@ def test_dicom_is_reduced_too_and_volumes_are_not(tmp_path):
     assert read_image(volume.data).pixels.shape == read_study(paths)[0].pixels.shape
 
 
+def test_a_picture_of_16_bits_keeps_its_values_when_it_is_reduced(tmp_path):
+    pixels = radiograph_pixels(3, rows=256, columns=192).astype(np.uint16) * 200
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (image,) = stored(tmp_path / "a.png", size=96)
+    with Image.open(io.BytesIO(image.data)) as picture:
+        assert picture.size == (96, 128)
+        reduced = np.asarray(picture).astype(float)
+    expected = pixels.reshape(128, 2, 96, 2).mean(axis=(1, 3))
+    assert np.abs(reduced - expected).mean() < 0.05 * pixels.max()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x1f\x8b" + bytes(40)])
+def test_what_is_no_image_is_not_stored(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.png: no image that can be read"):
+        stored(tmp_path / "a.png")
+
+
+def test_a_cut_picture_is_told_of_where_it_is_reduced(tmp_path):
+    Image.fromarray(radiograph_pixels(3, rows=256, columns=192)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        stored(tmp_path / "a.png", size=96)
+
+
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", radiograph(radiograph_pixels(1)))
     path.write_bytes(path.read_bytes()[:600])

@@ -78,17 +78,6 @@ def test_reports_are_written_by_the_model_and_cost_nothing_in_the_prompt(tiny_pr
     assert torch.isfinite(loss) and loss > 0
 
 
-def test_the_same_batch_as_the_recipe_for_writing_makes(tiny_processor, tiny_model, records):
-    from m3fm.training.write import TextBank, WriteCollator, WriteRecipe
-
-    ours = ReportTexts(tiny_processor.tokenizer, tiny_model.config, language="en", max_length=50)
-    theirs = WriteCollator(tiny_model, tiny_processor, TextBank([], ("en",)), WriteRecipe(max_text_length=50), None)
-    batch = collated(tiny_processor, ours, records[:3])
-    expected = theirs.decoder_inputs([each.reports["en"].text for each in records[:3]], ["en"] * 3)
-    for name, value in expected.items():
-        assert torch.equal(batch[name], value)
-
-
 def test_records_rows_and_studies_give_one_batch(tiny_processor, tiny_model, records):
     studies = [
         Study(

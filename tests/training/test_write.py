@@ -124,7 +124,7 @@ def test_equal_shares(available, size, shares):
 def test_decoder_inputs_are_prompt_report_end(bank, tiny_model, tiny_processor):
     collator = WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(), cache=None)
     texts = ["Clear lungs.", "心影正常，双侧胸腔未见积液。"]
-    inputs = collator.decoder_inputs(texts, ["en", "zh"])
+    inputs = collator.texts.decoder_inputs(texts, ["en", "zh"])
     assert inputs["input_ids"][:, :5].tolist() == [[4, 4, 4, 4, 5], [4, 4, 4, 4, 6]]
     for row, text in enumerate(texts):
         real = inputs["attention_mask"][row].bool()
@@ -141,7 +141,7 @@ def test_decoder_inputs_are_prompt_report_end(bank, tiny_model, tiny_processor):
 )
 def test_a_long_report_ends_with_a_whole_sentence(text, mark, bank, tiny_model, tiny_processor):
     collator = WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(max_text_length=20), cache=None)
-    ids = collator._encode(text)
+    ids = collator.texts.encoded(text)
     assert 9 < len(ids) < 20
     kept = tiny_processor.tokenizer.decode(ids)
     assert text.startswith(kept) and kept.endswith(mark)

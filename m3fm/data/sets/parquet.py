@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import StudyRecord
-from ..tables import BadRow, Reading
+from ..tables import BadRow, Reading, is_file
 from .study_set import StudySet
 
-__all__ = ["MANIFEST", "SETS", "StoredImage", "shard_files"]
+__all__ = ["MANIFEST", "SETS", "StoredImage", "read_manifest", "shard_files"]
 
 #: What a conversion says of itself, beside the folder of its shards.
 MANIFEST = "m3fm.json"
@@ -26,8 +25,6 @@ _OWN_TABLE = "metadata.parquet"
 _BATCH_ROWS = 16
 # Row groups of images kept for studies that are read one by one, in order.
 _KEPT_GROUPS = 2
-# "train-00000-of-00002.parquet", "train-00000.parquet"
-_NUMBERED = re.compile(r"-(\d{5})(-of-\d{5})?$")
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,9 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
                     reading.tell(BadRow("duplicate_id", file, line, "the study of this row was already given"))
                     continue
                 seen.add(mark)
-                try:
-                    yield StudyRecord.from_row(row)
-                except (TypeError, ValueError, KeyError) as error:
-                    message = f"expected the columns of m3fm.data.features(), got {type(error).__name__}"
-                    reading.tell(BadRow("bad_value", file, line, message))
+                record = _record(row, file, line, reading)
+                if record is not None:
+                    yield record
         except (OSError, ValueError) as error:
             if isinstance(error, BadRow):
                 raise
@@ -113,9 +108,42 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
             ) from None
 
 
+def _record(row: dict[str, Any], file: Path, line: int, reading: Reading) -> StudyRecord | None:
+    """Return the study of a row; None where it is bad."""
+    try:
+        record = StudyRecord.from_row(row)
+    except (TypeError, ValueError, KeyError) as error:
+        message = f"expected the columns of m3fm.data.features(), got {type(error).__name__}"
+        reading.tell(BadRow("bad_value", file, line, message))
+        return None
+    outside = (image.path for image in record.images if image.data is None)
+    if reading.images == "required" and not all(path is not None and is_file(path) for path in outside):
+        reading.tell(BadRow("missing_file", file, line, "an image file that the row names is not there"))
+        return None
+    return record
+
+
+def read_manifest(root: Path) -> dict[str, Any] | None:
+    """Return what a conversion says of itself; None where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest.get("shards"), list):
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: expected what m3fm data convert writes; delete the folder to begin anew") from None
+    return manifest
+
+
 def _check_whole(root: Path) -> None:
-    manifest = root / MANIFEST
-    if manifest.is_file() and not json.loads(manifest.read_text(encoding="utf-8")).get("complete"):
+    manifest = read_manifest(root)
+    if manifest is not None and not manifest.get("complete"):
         raise ValueError(f"{root}: the conversion was not finished; run it again to go on with it")
 
 

@@ -32,7 +32,7 @@ def choose_groups(
     """Choose groups that together have about the wanted number of studies of each stratum.
 
     Groups are visited in an order drawn by the seed. A group is taken when that brings the counts closer to what is
-    wanted, unless it is more than a quarter of the part.
+    wanted, unless it is more than a quarter of the part and larger than half of the groups are.
 
     Args:
         groups: Name of a group to the strata of each of its studies.
@@ -45,10 +45,11 @@ def choose_groups(
     """
     taken: Counter[str] = Counter()
     chosen = []
+    largest = _largest(groups, size)
     for name in _drawn(groups, seed):
         gains = _gains(groups[name])
         change = sum(abs(wanted[s] - taken[s] - n) - abs(wanted[s] - taken[s]) for s, n in gains.items())
-        if change < 0 and _is_small(groups[name], size):
+        if change < 0 and len(groups[name]) <= largest:
             taken += gains
             chosen.append(name)
     return chosen
@@ -72,7 +73,8 @@ def balance_groups(
     Returns:
         Names of groups, in the order of the visit.
     """
-    order = [name for name in _drawn(groups, seed) if _is_small(groups[name], size)]
+    largest = _largest(groups, size)
+    order = [name for name in _drawn(groups, seed) if len(groups[name]) <= largest]
     gains = {name: _gains(groups[name]) for name in order}
     kept = set(chosen)
     excess = {stratum: -count for stratum, count in wanted.items()}
@@ -105,8 +107,9 @@ def _gains(strata: Sequence[Strata]) -> Counter[str]:
     return Counter(stratum for study in strata for stratum in study)
 
 
-def _is_small(group: Sequence[Strata], size: float) -> bool:
-    return len(group) <= max(1, _LARGEST_GROUP * size)
+def _largest(groups: Mapping[str, Sequence[Strata]], size: float) -> float:
+    # In a small set a quarter of a part may be less than one patient's studies.
+    return max(_LARGEST_GROUP * size, statistics.median(map(len, groups.values())) if groups else 1)
 
 
 def grouped_split(
@@ -134,7 +137,8 @@ def grouped_split(
         Part to study ids, sorted.
 
     Raises:
-        ValueError: For wrong fractions, an unknown kind, "image" without hashes, or a study id that comes twice.
+        ValueError: For wrong fractions, an unknown kind, "image" without hashes, a study id that comes twice, or a
+            part that would be empty.
     """
     _check_fractions(fractions)
     if "image" in by and hashes is None:
@@ -149,7 +153,8 @@ def grouped_split(
     if len(set(ids)) < len(ids):
         raise ValueError(f"expected each study once, got {len(ids) - len(set(ids))} study ids again")
     groups: dict[str, list[int]] = {}
-    for number, key in enumerate(_stable_keys(group_keys(marks), ids)):
+    keys = _stable_keys(group_keys(marks), ids)
+    for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
     total = Counter(stratum for each in strata for stratum in each)
     rest = max(fractions, key=lambda part: fractions[part])
@@ -163,6 +168,11 @@ def grouped_split(
             names = choose_groups(open_groups, wanted, size, seed)
             names = balance_groups(open_groups, names, wanted, size, seed)
         parts[part] = sorted(ids[number] for name in names for number in groups.pop(name))
+    if empty := [part for part in fractions if not parts[part]]:
+        raise ValueError(
+            f"{len(ids)} studies in {len(set(keys))} groups that must stay together are too few for these parts: "
+            f"{', '.join(empty)} would be empty"
+        )
     return {part: parts[part] for part in fractions}
 
 

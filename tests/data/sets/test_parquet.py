@@ -10,6 +10,7 @@ from m3fm.data.convert import convert_set
 from m3fm.data.opening import open_set
 from m3fm.data.schema import features
 from m3fm.data.sets import find_set
+from m3fm.data.stored_images import ImageStore
 from m3fm.imaging_m3fm import read_image
 from tests.study_sets import made_records, opened
 
@@ -64,6 +65,15 @@ def test_a_study_given_twice_is_bad(tmp_path, records):
     skipping = open_set(tmp_path, on_bad="skip")
     assert len(list(skipping)) == 5
     assert dict(skipping.reading.counts) == {("a.parquet", "duplicate_id"): 1}
+
+
+def test_a_path_that_leads_nowhere_is_bad(tmp_path, records):
+    convert_set(opened(records), tmp_path / "out", ImageStore("paths"))
+    records[2].images[0].path.unlink()
+    opened_again = open_set(tmp_path / "out", on_bad="skip")
+    assert len(list(opened_again)) == 4
+    assert list(opened_again.reading.counts.values()) == [1]
+    assert len(list(open_set(tmp_path / "out", images="unchecked"))) == 5
 
 
 def test_a_damaged_shard_is_named(tmp_path, records):

@@ -4,6 +4,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,14 @@ def test_split_does_not_depend_on_the_order_but_on_the_seed() -> None:
 
 def test_large_group_stays_in_the_largest_part() -> None:
     records = [StudyRecord(f"{n}", "own", "cxr", patient_id="one" if n < 40 else f"{n}") for n in range(200)]
-    parts = grouped_split(records, {"train": 0.5, "validation": 0.5 - 1e-9, "test": 1e-9}, by=("patient",))
+    parts = grouped_split(records, {"train": 0.51, "validation": 0.49}, by=("patient",))
     assert {f"{n}" for n in range(40)} <= set(parts["train"])
+
+
+def test_a_small_set_with_several_studies_a_patient_is_split() -> None:
+    records = [StudyRecord(f"{n}", "own", "cxr", patient_id=f"{n // 2}") for n in range(20)]
+    parts = grouped_split(records, by=("patient",))
+    assert {part: len(ids) for part, ids in parts.items()} == {"train": 16, "validation": 2, "test": 2}
 
 
 def test_equal_fractions_are_folds() -> None:
@@ -99,7 +106,7 @@ def test_near_duplicates_stay_together() -> None:
     records = [StudyRecord(f"{n}", "own", "cxr", patient_id=f"{n}") for n in range(40)]
     hashes = RecordHashes(ImageHashes(hash_images([], progress=False).entries, [], 0), ())
     hashes.__dict__["marks"] = {("own", f"{n}"): (f"image:{n // 2}",) for n in range(40)}
-    parts = grouped_split(records, {"train": 0.5, "test": 0.5 - 1e-9, "x": 1e-9}, hashes=hashes)
+    parts = grouped_split(records, {"train": 0.51, "test": 0.49}, hashes=hashes)
     part_of = {study: part for part, ids in parts.items() for study in ids}
     assert all(part_of[f"{n}"] == part_of[f"{n + 1}"] for n in range(0, 40, 2))
 
@@ -111,6 +118,8 @@ def test_wrong_requests_are_refused() -> None:
             grouped_split(records, fractions, by=("patient",))
     with pytest.raises(ValueError, match="hash_records"):
         grouped_split(records)
+    with pytest.raises(ValueError, match="20 studies in 1 groups .* validation, test would be empty"):
+        grouped_split([replace(record, patient_id="one") for record in records], by=("patient",))
     with pytest.raises(ValueError, match="got 'doctor'"):
         grouped_split(records, by=("doctor",))
     with pytest.raises(ValueError, match="1 study ids again"):
