@@ -223,14 +223,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         results = measure(options, Path(name))
     columns = ["form", "size", "workers", "ours", "peer", "ours / peer", "ours, augmented"]
-    print(markdown_table([columns, *([str(row.get(column, "")) for column in columns] for row in results)]))
+    table = markdown_table([columns, *([str(row.get(column, "")) for column in columns] for row in results)])
+    print(table)
     if options.output:
         facts = {name: getattr(options, name) for name in ("images", "batch", "repeats")}
         machine = {"cpus": os.cpu_count(), "load_at_start": round(load, 2), "libraries": library_versions()}
         what = "samples/s from disk to batch, median of the repeats after one unmeasured epoch"
         write_json(
             options.output,
-            {"notice": NOTICE, "what": what, **facts, "machine": machine, "results": results, "padding": padding},
+            {
+                **{"notice": NOTICE, "what": what, "table": table},
+                **{**facts, "machine": machine, "results": results, "padding": padding},
+            },
         )
 
 

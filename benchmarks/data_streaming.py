@@ -200,11 +200,14 @@ def main() -> None:
         [way, str(each["mb_before"]), *(str(each["mb_peak"][str(mark)]) for mark in marks), str(each["studies_per_s"])]
         for way, each in results.items()
     ]
-    print(markdown_table([head, *lines]))
+    table = markdown_table([head, *lines])
+    print(table)
     if options.output:
         machine = {"cpus": os.cpu_count(), "libraries": library_versions()}
         what = "resident memory of the process, in MB; one image of 64 x 64 a study"
-        write_json(options.output, {"notice": NOTICE, "what": what, "machine": machine, "results": results})
+        write_json(
+            options.output, {"notice": NOTICE, "what": what, "table": table, "machine": machine, "results": results}
+        )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from m3fm.data.studies import carved_ids
 from m3fm.data.thumbnail_alignment import local_contrast
 from m3fm.evaluation import ClinicalScorer, score_reports
 from m3fm.evaluation.resampling import point_scores
+from m3fm.evaluation.tables import markdown_table
 
 CARVED = ("covid_chestxray", "kermany_pneumonia_224", "tb_shenzhen_montgomery_128")
 PUBLISHED = ("nih_chestxray14_sample", "openi_iu_reports")
@@ -146,6 +147,19 @@ def draw_pairs(records: Sequence[StudyRecord], hashes: RecordHashes, path: Path,
     grid.save(path)
 
 
+def leak_table(reports: dict[str, dict[str, Any]]) -> str:
+    """Returns what training and validation share: things, and the studies of validation concerned."""
+    kinds = ("patient", "document", "image", "group", "report:en", "report:zh")
+    head = ["split", "studies of validation", "patients", "source documents", "near-duplicate images"]
+    lines = [[*head, "any, through chains", "identical reports en", "zh"]]
+    for title, report in reports.items():
+        shared = {each["kind"]: each for each in report["shared"] if each["parts"] == ["train", "validation"]}
+        name = f"cov_ctr, {title}" if title in ("published", "fair") else title
+        concerned = [f"{shared[kind]['studies']['validation']:,}" if kind in shared else "–" for kind in kinds]
+        lines.append([name, f"{report['studies']['validation']:,}", *concerned])
+    return markdown_table(lines)
+
+
 def main() -> None:
     """Measures and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,6 +190,8 @@ def main() -> None:
         "cov_ctr_and_covid_chestxray": across.as_dict(),
         "retrieval_on_cov_ctr": leak_effect(records["cov_ctr"], hashes["cov_ctr"]),
     }
+    results["table"] = leak_table({**results["cov_ctr"], **results["other_sets"]})
+    print(results["table"])
     print(json.dumps(results["retrieval_on_cov_ctr"], indent=1))
     arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.pictures:

@@ -51,6 +51,7 @@ def test_the_card_travels_with_the_weights():
         ("docs/training.md", RESULTS),
         ("docs/evaluation.md", RESULTS.parent),
         ("docs/input.md", RESULTS.parent),
+        ("docs/datasets.md", RESULTS.parent),
     ],
 )
 def test_pages_print_what_was_measured(name, results):
