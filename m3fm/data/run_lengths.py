@@ -13,6 +13,8 @@ __all__ = ["CONVENTIONS", "decode_run_lengths", "encode_run_lengths", "run_bound
 
 CONVENTIONS = ("relative", "absolute")
 _EMPTY = ("", "-1")
+# No image has as many pixels; sums of larger numbers would not fit 64 bits.
+_MOST_PIXELS = 2**31
 
 
 def run_bounds(rle: str, convention: str) -> np.ndarray:
@@ -26,8 +28,8 @@ def run_bounds(rle: str, convention: str) -> np.ndarray:
         (R, 2) int64: pixel of the start, and the one after the end, from 0, in column order.
 
     Raises:
-        ValueError: For an unknown convention, text that is not pairs of whole numbers, a run without length, or runs
-            that go back or overlap.
+        ValueError: For an unknown convention, text that is not pairs of whole numbers, a number beyond any image, a
+            run without length, or runs that go back or overlap.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
@@ -41,6 +43,8 @@ def run_bounds(rle: str, convention: str) -> np.ndarray:
     if numbers.size % 2:
         raise ValueError(f"run lengths must be pairs of a start and a length, got {numbers.size} numbers")
     pairs = numbers.reshape(-1, 2)  # (R, 2)
+    if ((pairs > _MOST_PIXELS) | (pairs < -_MOST_PIXELS)).any():
+        raise ValueError(f"starts and lengths of runs must be at most {_MOST_PIXELS}")
     if (pairs[:, 1] <= 0).any():
         raise ValueError("every run must be at least one pixel long")
     if convention == "relative":

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..tables import BadRow, Reading, Row, is_unicode, open_text
+from ..tables import BadRow, Reading, Row, is_unicode, open_text, shown
 from .layouts import table_in
 
 __all__ = ["ANNOTATIONS", "Entry", "opening", "read_annotations", "read_entries"]
@@ -105,7 +105,7 @@ def read_annotations(path: Path, reading: Reading) -> Iterator[Entry]:
     for entry in read_entries(path, reading):
         if entry.part not in _PARTS:
             expected = ", ".join(_PARTS)
-            raise BadRow("wrong_column", path, entry.line, f"expected parts named {expected}, got {entry.part!r}")
+            raise BadRow("wrong_column", path, entry.line, f"expected parts named {expected}, got {shown(entry.part)}")
         if entry.values.get("split", entry.part) not in (entry.part, entry.split):
             reading.tell(entry.bad("bad_value", "the entry states another split than the part it is in"))
             continue
@@ -188,4 +188,4 @@ def _places(text: str, start: int) -> Iterator[tuple[str, int, int, int | None]]
 
 
 def _place(part: str, number: int) -> str:
-    return f"entry {number} of {part!r}" if part else f"entry {number}"
+    return f"entry {number} of {shown(part)}" if part else f"entry {number}"

@@ -1,8 +1,14 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """CheXpert, and CheXpert Plus: the same radiographs with their reports.
 
-A study is all its views, which share labels, age and sex. The test part is published apart from the others, with the
-segmentations of CheXlocalize (`val_labels.csv`, `test_labels.csv`), and is read where it is there.
+Read are `train.csv` and `valid.csv`, with the images below them, in the folder that they name, or in the batches of
+the full-size set. The test part is published apart from the others, with the segmentations of CheXlocalize
+(`val_labels.csv`, `test_labels.csv`), and is read where it is there. CheXpert Plus has one table, with PNG or DICOM
+files, and its labels in a file of JSON lines.
+
+A study is all its views, which share labels, age and sex; its part is the one that their paths name. A view that says
+other labels than an earlier one is bad, and a study of whose views none is there is left out. A blank cell is a label
+that is not mentioned.
 """
 
 from __future__ import annotations
@@ -11,44 +17,26 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from ..label_cells import cell_state
 from ..labels import shared_findings
 from ..report_sections import report_from_sections, report_from_text
 from ..row_groups import RowGroups
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
 from ..tables import BadRow, Reading, Row, read_csv, read_jsonl
+from .chexpert_labels import CHEXPERT_LABELS, chexpert_states
 from .demographics import sex_letter
-from .layouts import columns_of
+from .layouts import columns_of, table_in, tables_like
 from .study_set import StudySet
 
 __all__ = ["SETS"]
 
-_LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
 # Both are projections from the side.
 _VIEWS = {"LL": "LATERAL", "RL": "LATERAL"}
 _SPLITS = {"train": "train", "valid": "validation", "val": "validation", "test": "test"}
 # The first of a part's names that is there.
-_TABLES = (("train",), ("valid", "val_labels"), ("test", "test_labels"))
-_ENDINGS = (".csv", ".csv.gz", ".csv.zip")
-_PLUS_TABLE = re.compile(r"df_chexpert_plus_\d+\.csv(\.gz|\.zip)?")
+_TABLES = (("train.csv",), ("valid.csv", "val_labels.csv"), ("test.csv", "test_labels.csv"))
+_PLUS_TABLE = r"df_chexpert_plus_\d+\.csv"
 _PLUS_LABELS = ("chexbert_labels/report_fixed.json", "report_fixed.json")
 # ".../train/patient00001/study1/view1_frontal.jpg"
 _PATH = re.compile(
@@ -94,9 +82,9 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
     folders = _image_folders(root)
     shown = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
     for table in tables:
-        needed = ("Path", *(shown if table.name.split(".")[0] in _SPLITS else ()), *_LABELS)
+        needed = ("Path", *(shown if table.name.split(".")[0] in _SPLITS else ()), *CHEXPERT_LABELS)
         rows = read_csv(table, needed, reading)
-        columns = ("Path", *shown, *_LABELS)
+        columns = ("Path", *shown, *CHEXPERT_LABELS)
         for study in RowGroups.read(rows, lambda row: _View.of(row, "Path").study_id, columns, reading, unique="Path"):
             record = _study(study, folders, reading)
             if record is not None:
@@ -107,7 +95,7 @@ def _study(rows: list[Row], folders: Sequence[Path], reading: Reading) -> StudyR
     first: dict[str, LabelState] = {}
 
     def view(row: Row) -> tuple[ImageFile, float | None, str | None]:
-        stated = _stated(row)
+        stated = chexpert_states(row)
         if first and stated != first:
             raise row.bad("bad_label", "the labels are others than those of an earlier view of the study")
         image = _image(row, "Path", (row.get("Frontal/Lateral"), row.get("AP/PA")), folders, ("",), reading)
@@ -146,11 +134,8 @@ def _inside(root: Path) -> list[Path]:
 
 def _tables(root: Path) -> list[Path]:
     places = _inside(root)
-    found = []
-    for names in _TABLES:
-        paths = (place / f"{name}{ending}" for place in places for name in names for ending in _ENDINGS)
-        found += [path for path in paths if path.is_file()][:1]
-    return found
+    found = (next(filter(None, (table_in(place, names) for place in places)), None) for names in _TABLES)
+    return [path for path in found if path is not None]
 
 
 def _image_folders(root: Path) -> list[Path]:
@@ -186,24 +171,6 @@ def _image(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What rows say
-
-
-# Millions of cells say one of four things.
-_state = lru_cache(maxsize=64)(cell_state)
-
-
-def _stated(row: Row) -> dict[str, LabelState]:
-    stated = {}
-    for label in _LABELS:
-        try:
-            stated[label] = _state(row.get(label))
-        except ValueError as error:
-            raise row.bad("bad_label", f"column {label!r}: {error}") from None
-    return stated
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # CheXpert Plus
 
 
@@ -216,7 +183,7 @@ def _recognises_plus(root: Path) -> bool:
 
 
 def _plus_table(root: Path) -> Path | None:
-    return next((Path(entry) for entry in os.scandir(root) if _PLUS_TABLE.fullmatch(entry.name)), None)
+    return next(iter(tables_like(root, _PLUS_TABLE)), None)
 
 
 def _read_plus(root: Path, reading: Reading) -> Iterator[StudyRecord]:
@@ -249,7 +216,7 @@ def _plus_labels(root: Path, reading: Reading) -> RowGroups | None:
     if path is None:
         return None
     rows = read_jsonl(path, reading)
-    return RowGroups.read(rows, lambda row: _View.of(row, "path_to_image").study_id, _LABELS, reading)
+    return RowGroups.read(rows, lambda row: _View.of(row, "path_to_image").study_id, CHEXPERT_LABELS, reading)
 
 
 def _plus_study(
@@ -265,7 +232,7 @@ def _plus_study(
         return None
     images, ages, sexes = zip(*good, strict=True)
     named = _View.of(first, "path_to_image")
-    stated = next(reading.each([] if labels is None else labels.get(named.study_id), _stated), {})
+    stated = next(reading.each([] if labels is None else labels.get(named.study_id), chexpert_states), {})
     report = _plus_report(first)
     return StudyRecord(
         study_id=named.study_id,

@@ -7,6 +7,8 @@
    that has no English. `terminologies`, a list of abnormalities in Chinese, is not read. Six images have a second row
    with other text, which is told as a duplicate: the first one counts.
 
+The split is that of `annotation.json`, which has all studies it gives; the original release has none.
+
 In both, what is there in two languages are the findings.
 
 The images are those of COVID-CT (Zhao et al. 2020): figures of papers. Names tell of many which paper that is, and
@@ -92,8 +94,14 @@ def _read_entries(base: Path, reading: Reading) -> Iterator[StudyRecord]:
             _add(images, entry, base / "images", reading)
         except BadRow as error:
             reading.tell(error)
-    for name, image in images.items():
+    for image in images.values():
+        name = image.path.name
         yield _record(name, image.path, image.covid, image.reports, image.split)
+
+
+def _study_id(name: str) -> str:
+    # Windows and URLs know "%" in another meaning; copies of the set write "_".
+    return PurePosixPath(name).stem.replace("%", "_")
 
 
 def _add(images: dict[str, _Image], entry: Entry, folder: Path, reading: Reading) -> None:
@@ -106,9 +114,9 @@ def _add(images: dict[str, _Image], entry: Entry, folder: Path, reading: Reading
     covid = _covid(entry)
     path = reading.image(entry, folder / paths[0])
     report = report_from_sections(entry.require("report"), None, language)
-    known = images.setdefault(paths[0], _Image(path, covid, entry.split))
-    if language in known.reports or known.split != entry.split:
-        raise entry.bad("duplicate_id", "the image of this entry was already given, in this language or another part")
+    known = images.setdefault(_study_id(paths[0]), _Image(path, covid, entry.split))
+    if language in known.reports or known.split != entry.split or known.path != path:
+        raise entry.bad("duplicate_id", "already given: in this language, in another part or by another name")
     if known.covid != covid:
         raise entry.bad("bad_label", "COVID differs from an earlier entry of the same image")
     known.reports[language] = report
@@ -121,12 +129,13 @@ def _read_table(base: Path, reading: Reading) -> Iterator[StudyRecord]:
 
     def record(row: Row) -> StudyRecord:
         name = plain_name(row, "image_id")
-        if name in seen:
-            raise row.bad("duplicate_id", "the image of this row was already given by an earlier line")
+        study_id = _study_id(name)
+        if study_id in seen:
+            raise row.bad("duplicate_id", "an earlier line has an image of this name, with whatever suffix")
         covid = _covid(row)
         places = [folder / name for folder in folders]
         path = reading.image(row, next((each for each in places if is_file(each)), places[0]))
-        seen.add(name)
+        seen.add(study_id)
         chinese = report_from_sections(row.get("findings"), row.get("impression"), "zh")
         english = report_from_sections(row.get("reports_En"), None, "en")
         return _record(name, path, covid, {"en": english, "zh": chinese}, None)
@@ -142,8 +151,7 @@ def _record(
         for value, label in _POSITIVE_LABEL.items()
     }
     return StudyRecord(
-        # Windows and URLs know "%" in another meaning; copies of the set write "_".
-        study_id=PurePosixPath(name).stem.replace("%", "_"),
+        study_id=_study_id(name),
         source=_NAME,
         modality="ct",
         documents=source_documents(PurePosixPath(name).name),

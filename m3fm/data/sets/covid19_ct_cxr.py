@@ -117,8 +117,8 @@ def _listed_figures(path: Path, reading: Reading) -> Iterator[_Figure]:
 
     def parse(entry: Entry) -> _Figure:
         figure = _Figure(*_figure_name(entry, "url"))
-        if (figure.pmcid, figure.name) in seen:
-            raise entry.bad("duplicate_id", "the figure of this entry was already given by an earlier one")
+        if (key := (figure.pmcid, PurePosixPath(figure.name).stem)) in seen:
+            raise entry.bad("duplicate_id", "an earlier entry has a figure of this name, with whatever suffix")
         boxes = entry.values.get("box")
         if boxes is None:
             _add(figure, entry, entry.values.get("label"), None)
@@ -129,7 +129,7 @@ def _listed_figures(path: Path, reading: Reading) -> Iterator[_Figure]:
                 _add(figure, entry, *_box(entry, box))
             except BadRow as error:
                 reading.tell(error)
-        seen.add((figure.pmcid, figure.name))
+        seen.add(key)
         return figure
 
     return reading.each(read_entries(path, reading), parse)
@@ -151,7 +151,10 @@ def _tabled_figures(path: Path, reading: Reading) -> Iterator[_Figure]:
             panel = row.get("subfigure")
             if panel is not None and not _PANEL.fullmatch(panel):
                 raise row.bad("bad_value", "subfigure must be LEFTxUPPER_RIGHTxLOWER, or empty")
-            _add(figures.setdefault((pmcid, name), _Figure(pmcid, name)), row, row.get("label"), panel)
+            figure = figures.setdefault((pmcid, PurePosixPath(name).stem), _Figure(pmcid, name))
+            if figure.name != name:
+                raise row.bad("duplicate_id", "an earlier line has a figure of this name, with another suffix")
+            _add(figure, row, row.get("label"), panel)
         except BadRow as error:
             reading.tell(error)
     yield from figures.values()

@@ -1,5 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""The COVID-19 image data collection (Cohen et al.), "COVID-CXR": radiographs and some CT from publications."""
+"""The COVID-19 image data collection (Cohen et al.), "COVID-CXR": radiographs and some CT from publications.
+
+Read is the repository's `metadata.csv`, of its first weeks too, with `images/` and what was fetched into `volumes/`.
+
+A study is an image: rows of one patient are days apart, or views. COVID-19 is negative where a row has another
+finding; all else that a row does not name is unmentioned. The clinical notes are the English report, and doi and url
+of the publication its documents. The set has no parts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from ..labels import label_names, shared_findings
 from ..report_sections import report_from_text
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
-from ..tables import Reading, Row, read_csv
+from ..tables import Reading, Row, read_csv, shown
 from .demographics import age_in_years, sex_letter
 from .layouts import columns_of, find_base, plain_name, table_in
 from .study_set import StudySet
@@ -98,7 +105,7 @@ def _modality(row: Row) -> tuple[str, str | None]:
     view = row.get("view")
     told = row.get("modality") or ("CT" if view == "CT" else "X-ray")
     if told.lower() not in _MODALITIES:
-        raise row.bad("bad_value", f"column 'modality' must be X-ray or CT, got {told!r}")
+        raise row.bad("bad_value", f"column 'modality' must be X-ray or CT, got {shown(told)}")
     if view is None or view == "CT":
         return _MODALITIES[told.lower()], None
     return _MODALITIES[told.lower()], _VIEWS.get(view, view.upper())

@@ -18,14 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from ..labels import shared_findings
 from ..report_sections import report_from_sections, report_from_text
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
 from ..tables import BadRow, Reading, Row, open_text, read_csv
 from .annotation_json import ANNOTATIONS, Entry, opening, read_annotations
-from .demographics import age_in_years
+from .demographics import age_in_years, sex_letter
 from .layouts import find_base, plain_name, table_in
 from .study_set import StudySet
 
@@ -41,10 +40,6 @@ _CHINESE_REPORT = re.compile(r'"report"\s*:\s*"\s*(?:[\u3400-\u9fff]|\\u[3-9][0-
 
 _TEST = "Test Result"
 _TEST_STATES = {"阳性": LabelState.POSITIVE, "阴性": LabelState.NEGATIVE, None: LabelState.UNMENTIONED}
-_SEXES = {"女": "F", "男": "M", None: None}
-_AGE_UNITS = str.maketrans({"岁": "y", "个": "", "月": "m", "天": "d"})
-
-Choice = TypeVar("Choice")
 
 
 def _recognises(root: Path) -> bool:
@@ -87,10 +82,12 @@ def _read_table(base: Path, reading: Reading) -> Iterator[StudyRecord]:
 
     def record(row: Row) -> StudyRecord:
         study_id = plain_name(row, "Case ID")
-        state = _choice(row, _TEST, _TEST_STATES, "bad_label")
-        sex = _choice(row, "Gender", _SEXES, "bad_value")
+        state = _TEST_STATES.get(row.get(_TEST))
+        if state is None:
+            expected = " or ".join(filter(None, _TEST_STATES))
+            raise row.bad("bad_label", f"column {_TEST!r} must be {expected}, or empty")
         try:
-            age = age_in_years((row.get("Age") or "").translate(_AGE_UNITS) or None)
+            age = age_in_years(row.get("Age"))
         except ValueError as error:
             raise row.bad("bad_value", f"column 'Age': {error}") from None
         report = report_from_sections(row.get("Finding"), row.get("Conclusion"), "zh")
@@ -99,7 +96,7 @@ def _read_table(base: Path, reading: Reading) -> Iterator[StudyRecord]:
         slices = sorted(path for path in folder.glob("*") if path.is_file() and path.name[0] != ".")
         if not slices and reading.images == "required":
             raise row.bad("missing_file", f"the case has no folder with slices in {folder.parent}")
-        return _record(study_id, slices, report, labels={_TEST: state}, sex=sex, age=age)
+        return _record(study_id, slices, report, labels={_TEST: state}, sex=sex_letter(row.get("Gender")), age=age)
 
     return reading.each(read_csv(table_in(base, _REPORTS), _COLUMNS, reading, has_long_text=True), record)
 
@@ -108,13 +105,6 @@ def _once(row: Row, study_id: str, seen: set[str]) -> None:
     if study_id in seen:
         raise row.bad("duplicate_id", "the study of this row was already given by an earlier one")
     seen.add(study_id)
-
-
-def _choice(row: Row, column: str, choices: Mapping[str | None, Choice], kind: str) -> Choice:
-    value = row.get(column)
-    if value not in choices:
-        raise row.bad(kind, f"column {column!r} must be {' or '.join(filter(None, choices))}, or empty")
-    return choices[value]
 
 
 def _record(

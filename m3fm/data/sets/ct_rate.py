@@ -1,9 +1,13 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """CT-RATE: chest CT scans with English reports and labels of 18 abnormalities.
 
+Read are the tables and volumes of the folder `dataset` of the repository on Hugging Face: reports, labels and metadata
+of both parts, of which any may be missing, also all in one folder.
+
 The set is published by volume: each scan was reconstructed once or several times, and its reconstructions repeat its
 report and labels. A study here is a scan, and its image the reconstruction with the lowest number that is there, so
-that no scan counts twice or falls into two parts. Volumes that the publishers list as no chest are left out.
+that no scan counts twice or falls into two parts. A scan with no volume there is left out, as are volumes that the
+publishers list as no chest. Each scan is in the part of its tables, which its name repeats.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from ..row_groups import RowGroups
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
 from ..tables import BadRow, Reading, Row, is_file, open_text, read_csv
 from .demographics import age_in_years, sex_letter
+from .layouts import table_in
 from .study_set import StudySet
 
 __all__ = ["SETS"]
@@ -26,7 +31,6 @@ __all__ = ["SETS"]
 _SOURCE = "ctrate_reports_text"
 _STATES = {"1": LabelState.POSITIVE, "0": LabelState.NEGATIVE}
 _TEXTS = ("Findings_EN", "Impressions_EN")
-_ENDINGS = (".csv", ".csv.gz", ".csv.zip")
 # "train_1_a_1.nii.gz": part, patient, scan, reconstruction
 _VOLUME = re.compile(r"((train|valid)_\d{1,9})_([a-z]{1,4})_(\d{1,9})(?:\.nii(?:\.gz)?)?")
 
@@ -101,8 +105,7 @@ def _base(root: Path) -> Path | None:
 
 def _table(base: Path, name: str) -> Path | None:
     """Return a table, in its folder or, where all were downloaded into one, without."""
-    paths = (base / f"{each}{ending}" for each in (name, name.rpartition("/")[2]) for ending in _ENDINGS)
-    return next((path for path in paths if path.is_file()), None)
+    return table_in(base, (f"{name}.csv", f"{name.rpartition('/')[2]}.csv"))
 
 
 def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
@@ -266,6 +269,7 @@ SET = StudySet(
     ),
     recognises=_recognises,
     read=_read,
-    published={"volumes": 50188, "studies": 25692, "patients": 21304},
+    # 50,188 volumes, of which a study here is all that one scan was made into. The parts are by patients.
+    published={"studies": 25692, "patients": 21304, "train_patients": 20000, "validation_patients": 1304},
 )
 SETS = (SET,)

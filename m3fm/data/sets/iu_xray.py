@@ -9,7 +9,9 @@
    work on report generation shares.
 
 Studies have the same ids in all of them ("CXR2384"). Where an `annotation.json` lies beside the XML or the tables, its
-split is theirs; studies that R2Gen left out have none. Every patient has one study, and no id.
+split is theirs; studies that R2Gen left out are "unassigned", and in no part for training. Every patient has one
+study, and no id. A study without any image in its table is kept for its text; one of whose images none is there is
+left out.
 
 Labels are 20 findings and "Normal", which means none of the 20: it does not mean a chest without any. Studies that
 nobody indexed ("No Indexing") are unmentioned in all of them.
@@ -26,9 +28,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ..labels import shared_findings
@@ -37,9 +39,9 @@ from ..schema import ImageFile, LabelState, StudyRecord
 from ..tables import BadRow, Reading, Row, is_file, read_csv
 from .annotation_json import ANNOTATIONS, Entry, opening, read_annotations
 from .demographics import OLDEST
-from .layouts import find_base, only_folder, table_in
+from .layouts import FileRow, find_base, only_folder, table_in
 from .plain_xml import LinedElement, read_elements, text_of
-from .study_set import StudySet
+from .study_set import UNASSIGNED, StudySet
 
 __all__ = ["SETS", "mesh_labels"]
 
@@ -153,21 +155,26 @@ class _Beside:
     """What tables beside the reports tell of them; a few words a study.
 
     Attributes:
-        splits: Study to its part in R2Gen's split.
+        splits: Study to its part in R2Gen's split; None where that is not there.
         r2gen_images: Study to the images that R2Gen gives it, where those are there and Open-i's own are not.
         views: DICOM file of an image to its view.
         ages: Study to years.
     """
 
-    splits: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] | None = None
     r2gen_images: dict[str, tuple[ImageFile, ...]] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     ages: dict[str, float] = field(default_factory=dict)
+
+    def split(self, study_id: str) -> str | None:
+        """Return the part of a study."""
+        return None if self.splits is None else self.splits.get(study_id, UNASSIGNED)
 
 
 def _read_beside(base: Path, annotations: Path | None, reading: Reading) -> _Beside:
     beside = _Beside()
     if annotations is not None:
+        beside.splits = {}
         has_own_images = any((base / folder).is_dir() for folder in _OWN_FOLDERS)
         for study_id, entry in _r2gen_studies(annotations, reading):
             beside.splits[study_id] = entry.split
@@ -215,36 +222,47 @@ def _read_xml(source: Path, base: Path, beside: _Beside, reading: Reading) -> It
         for _, name, view in _projections(projections, reading):
             beside.views[name] = _finer(view, beside.views.get(name))
     seen: set[str] = set()
-    for path, file in _xml_files(source, reading):
+    for name, file in _xml_files(source, reading):
         try:
-            reports = list(read_elements(file, "eCitation", path))
-            if len(reports) != 1:
-                raise BadRow("not_a_row", path, 1, f"expected one eCitation, got {len(reports)}")
-            yield _xml_record(reports[0], path, folders or [base / _IMAGE_FOLDERS[0]], beside, seen, reading)
+            place, report = _xml_report(source, name, file)
+            record = _xml_record(report, place, folders or [base / _IMAGE_FOLDERS[0]], beside, seen, reading)
         except BadRow as error:
             reading.tell(error)
+        else:
+            if record is not None:
+                yield record
 
 
-def _xml_files(source: Path, reading: Reading) -> Iterator[tuple[Path, IO[bytes]]]:
+def _xml_report(source: Path, name: str, file: IO[bytes]) -> tuple[FileRow, LinedElement]:
+    """Return the report of a file, and where it stands."""
+    try:
+        reports = list(read_elements(file, "eCitation", source / name))
+    except BadRow as error:
+        raise FileRow(source, error.line or 1, {}, name).bad(error.kind, error.message) from None
+    if len(reports) != 1:
+        raise FileRow(source, 1, {}, name).bad("not_a_row", f"expected one eCitation, got {len(reports)}")
+    return FileRow(source, reports[0].line, {}, name), reports[0]
+
+
+def _xml_files(source: Path, reading: Reading) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield name and content of each file; both forms of the source have them in the same order."""
     if source.is_dir():
         for path in sorted(source.glob("*.xml")):
             with open(path, "rb") as file:
-                yield path, file
+                yield path.name, file
         return
     try:
         with tarfile.open(source, "r|gz") as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xml"):
-                    yield source / member.name, io.BytesIO(archive.extractfile(member).read())
+                    yield PurePosixPath(member.name).name, io.BytesIO(archive.extractfile(member).read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         reading.tell(BadRow("not_a_row", source, None, f"the archive is damaged: {type(error).__name__}"))
 
 
 def _xml_record(
-    report: LinedElement, path: Path, folders: list[Path], beside: _Beside, seen: set[str], reading: Reading
-) -> StudyRecord:
-    row = Row(path, report.line, {})
+    report: LinedElement, row: FileRow, folders: list[Path], beside: _Beside, seen: set[str], reading: Reading
+) -> StudyRecord | None:
     identifier = report.find("uId")
     study_id = "" if identifier is None else identifier.get("id", "")
     if not _STUDY_ID.fullmatch(study_id):
@@ -256,8 +274,10 @@ def _xml_record(
     terms = [text_of(each) or "" for kind in ("major", "automatic") for each in report.findall(f"MeSH/{kind}")]
     images = beside.r2gen_images.get(study_id)
     if images is None:
-        rows = [Row(path, each.line, {"id": each.get("id")}) for each in report.iter("parentImage")]
+        rows = [replace(row, line=each.line, values={"id": each.get("id")}) for each in report.iter("parentImage")]
         images = tuple(reading.each(rows, lambda each: _image(each, folders, beside.views, reading)))
+        if rows and not images:
+            return None
     url = text_of(report.find("licenseURL"))
     return _record(study_id, sections, mesh_labels(terms), images, beside, _LICENCES.get(url, url or _LICENCE))
 
@@ -289,7 +309,7 @@ def _read_kaggle(base: Path, beside: _Beside, reading: Reading) -> Iterator[Stud
         path = next((each for each in places if is_file(each)), places[0])
         return ImageFile(reading.image(row, path), view=_finer(view, beside.views.get(name)))
 
-    def record(row: Row) -> StudyRecord:
+    def record(row: Row) -> StudyRecord | None:
         uid = row.require("uid")
         if not uid.isascii() or not uid.isdigit():
             raise row.bad("bad_value", "uid must be a whole number")
@@ -298,10 +318,13 @@ def _read_kaggle(base: Path, beside: _Beside, reading: Reading) -> Iterator[Stud
         seen.add(uid)
         sections = {section: row.get(section.lower()) for section in _SECTIONS}
         labels = mesh_labels((row.get("MeSH") or "").split(";"))
-        images = tuple(reading.each(rows.pop(uid, ()), image))
+        listed = rows.pop(uid, ())
+        images = tuple(reading.each(listed, image))
+        if listed and not images:
+            return None
         return _record(f"CXR{uid}", sections, labels, images, beside, _LICENCE)
 
-    yield from reading.each(read_csv(reports, columns, reading, has_long_text=True), record)
+    yield from filter(None, reading.each(read_csv(reports, columns, reading, has_long_text=True), record))
     for row, _, _ in (each for left in rows.values() for each in left):
         reading.tell(row.bad("bad_value", f"the image is of a study that is not in {reports.name}"))
 
@@ -349,7 +372,7 @@ def _record(
         labels=labels,
         findings=shared_findings(labels, _LABEL_SOURCE),
         age=beside.ages.get(study_id),
-        split=beside.splits.get(study_id),
+        split=beside.split(study_id),
         licence=licence,
     )
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..tables import Row, is_file, open_text
+from ..tables import BadRow, Row, is_file, open_text
 
-__all__ = ["ImageFolders", "columns_of", "find_base", "only_folder", "plain_name", "table_in"]
+__all__ = [
+    "FileRow",
+    "ImageFolders",
+    "columns_of",
+    "find_base",
+    "only_folder",
+    "plain_name",
+    "table_in",
+    "tables_like",
+]
 
 _COMPRESSED = ("", ".gz", ".zip")
 # Archives and mirrors put a set into a folder in a folder, as in physionet.org/files/vindr-cxr/1.0.0.
@@ -46,6 +57,16 @@ def table_in(base: Path, names: Sequence[str]) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def tables_like(base: Path, pattern: str) -> list[Path]:
+    """Return the tables of a folder whose whole name, without what tells of compression, is as a pattern says.
+
+    Those whose names sort last come first: these are the newest where names have versions or dates.
+    """
+    endings = "|".join(map(re.escape, _COMPRESSED))
+    whole = re.compile(rf"(?:{pattern})(?:{endings})")
+    return [base / name for name in sorted(os.listdir(base), reverse=True) if whole.fullmatch(name)]
 
 
 def columns_of(table: Path) -> frozenset[str]:
@@ -87,6 +108,22 @@ def plain_name(row: Row, column: str) -> str:
     if "/" in name or "\\" in name or name in (".", ".."):
         raise row.bad("bad_value", f"column {column!r} must name a file without a folder")
     return name
+
+
+@dataclass(frozen=True)
+class FileRow(Row):
+    """Hold a place in one of the files of a set that has a file a study: bad ones are counted by their folder.
+
+    Attributes:
+        file: The folder, or the archive, that the file is in.
+        name: Of the file. Messages have it: it is for sets whose publishers name files in a way that tells nothing.
+    """
+
+    name: str = ""
+
+    def bad(self, kind: str, message: str) -> BadRow:
+        """Return the error that says what is wrong here; it names the file, and its folder as the table."""
+        return BadRow(kind, self.file, None, f"{self.name}, line {self.line}: {message}")
 
 
 class ImageFolders:

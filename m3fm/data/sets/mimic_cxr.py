@@ -1,7 +1,14 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """MIMIC-CXR (DICOM files and reports) and MIMIC-CXR-JPG (JPEG files and labels), alone or side by side.
 
+Read are the tables and the tree `files/` of either, as PhysioNet has them, with what the other's folder beside adds.
+The fullest table that is there names the studies: with those of views (metadata, record list, split) a study has
+images; with those of studies alone (study list, labels) it is text.
+
 A study is all its views, with its report where there is one and its labels where there are some: neither is needed.
+One of whose views none is there is left out. One on which the table of splits says nothing, or nothing that can be
+used, is "unassigned", and in no part for training.
+
 Of the two labellers whose tables are published, CheXpert's is taken, as in the baselines of its publishers, and
 NegBio's where CheXpert's is not there: the two are never mixed. Where radiologists labelled a study by hand (the
 test-set table of version 2.1.0), theirs are taken instead.
@@ -16,35 +23,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from ..label_cells import cell_state
 from ..labels import shared_findings
 from ..report_sections import report_from_text
 from ..row_groups import RowGroups
 from ..schema import ImageFile, LabelState, ReportText, StudyRecord
 from ..tables import BadRow, Reading, Row, is_file, read_csv
-from .study_set import StudySet
+from .chexpert_labels import CHEXPERT_LABELS, chexpert_states
+from .layouts import tables_like
+from .study_set import UNASSIGNED, StudySet
 
 __all__ = ["SETS"]
 
-_LABELS = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Enlarged Cardiomediastinum",
-    "Fracture",
-    "Lung Lesion",
-    "Lung Opacity",
-    "No Finding",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Pneumonia",
-    "Pneumothorax",
-    "Support Devices",
-)
 # The radiologists' table calls the label of opacities by another name than the labellers' tables.
 _OTHER_NAMES = {"Lung Opacity": "Airspace Opacity"}
 _SPLITS = {"train": "train", "validate": "validation", "validation": "validation", "valid": "validation"}
@@ -149,8 +140,7 @@ def _tables(places: Sequence[Path]) -> list[Path]:
     """Return the tables of all places, in their order, and of one place the newest version first."""
     found = []
     for place in places:
-        names = [entry.name for entry in os.scandir(place) if entry.name.startswith(("mimic-cxr-2.", "cxr-"))]
-        found += [place / name for name in sorted(names, reverse=True)]
+        found += tables_like(place, r"(mimic-cxr-2\.|cxr-).*\.csv")
     return found
 
 
@@ -171,7 +161,7 @@ def _copy(root: Path, places: Sequence[Path]) -> _Copy:
             suffixes = (".jpg", ".dcm") if is_jpg else (".dcm", ".jpg")
             has_views = pattern in _VIEW_TABLES
             return _Copy(table, has_views, tables, folders or [root / "files"], suffixes, archive)
-    raise BadRow("missing_file", root, None, f"expected one of the tables {', '.join(SET.layout[:4])}")
+    raise BadRow("missing_file", root, None, f"expected one of the tables {', '.join(SET.layout[:6])}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,20 +254,25 @@ def _split(study: str, table: RowGroups | None, reading: Reading) -> str | None:
             raise row.bad("bad_value", f"column 'split' must be one of {', '.join(_SPLITS)}")
         return _SPLITS[row.require("split")]
 
-    rows = [] if table is None else table.get(study)
+    if table is None:
+        return None
+    rows = table.get(study)
     # All images of a study are in one part.
-    return next(reading.each(rows, part), None)
+    parts = set(reading.each(rows, part))
+    if len(parts) > 1:
+        reading.tell(rows[0].bad("bad_value", "the images of the row's study are in several parts"))
+    return parts.pop() if len(parts) == 1 else UNASSIGNED
 
 
 def _label_tables(copy: _Copy, reading: Reading) -> list[RowGroups]:
     tables = []
     by_hand = _find(copy.tables, _HAND_LABELS)
     if by_hand is not None:
-        kept = [*(label for label in _LABELS if label != "Pneumonia"), *_OTHER_NAMES.values()]
+        kept = [*(label for label in CHEXPERT_LABELS if label != "Pneumonia"), *_OTHER_NAMES.values()]
         tables.append(_by_study(by_hand, ("Pneumonia",), copy, reading, kept, once=True))
     by_labeller = next(filter(None, (_find(copy.tables, pattern) for pattern in _LABELLERS)), None)
     if by_labeller is not None:
-        tables.append(_by_study(by_labeller, _LABELS, copy, reading, once=True))
+        tables.append(_by_study(by_labeller, CHEXPERT_LABELS, copy, reading, once=True))
     return tables
 
 
@@ -287,18 +282,8 @@ def _labels(study: str, tables: Sequence[RowGroups], reading: Reading) -> dict[s
     return next(reading.each(rows, _stated), {})
 
 
-# Millions of cells say one of four things.
-_state = lru_cache(maxsize=64)(cell_state)
-
-
 def _stated(row: Row) -> dict[str, LabelState]:
-    stated = {}
-    for label in _LABELS:
-        try:
-            stated[label] = _state(row.get(label) or row.get(_OTHER_NAMES.get(label, label)))
-        except ValueError as error:
-            raise row.bad("bad_label", f"column {label!r}: {error}") from None
-    return stated
+    return chexpert_states(row, _OTHER_NAMES)
 
 
 SET = StudySet(

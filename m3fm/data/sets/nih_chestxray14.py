@@ -1,5 +1,14 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""NIH ChestX-ray14: labels mined from reports, boxes, the official lists, and expert labels of a part."""
+"""NIH ChestX-ray14: labels mined from reports, boxes, the official lists, and expert labels of a part.
+
+Read is `Data_Entry_2017*.csv`, also Kaggle's sample of it, with the images as NIH packs them (`images_001/images/` to
+`images_012/images/`) or in one folder. Boxes, the lists of the official parts and the labels of Google's radiologists
+are taken where they lie beside it.
+
+A study is an image, each of which is a follow-up of its own. Labels that a row does not name are negative. Where
+radiologists read an image, the shared findings follow them. Where there are official lists, an image that none of
+them has, or that two of them have, is "unassigned", and in no part for training.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +20,10 @@ from pathlib import Path
 
 from ..labels import NO_FINDING, shared_findings
 from ..schema import Box, ImageFile, LabelState, StudyRecord
-from ..tables import BadRow, Reading, Row, open_text, read_csv
+from ..tables import BadRow, Reading, Row, open_text, read_csv, shown
 from .demographics import age_in_years, sex_letter
 from .layouts import ImageFolders, find_base, table_in
-from .study_set import StudySet
+from .study_set import UNASSIGNED, StudySet
 
 __all__ = ["SETS", "nih_documents"]
 
@@ -82,8 +91,8 @@ class _Extras:
     images: ImageFolders
     boxes: Mapping[str, tuple[Box, ...]]
     experts: Mapping[str, Mapping[str, LabelState]]
-    # By number (`_number`), which takes a third of the memory that names take.
-    splits: Mapping[int, str]
+    # By number (`_number`), which takes a third of the memory that names take; None without the official lists.
+    splits: Mapping[int, str] | None
 
 
 def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
@@ -136,7 +145,7 @@ def _record(row: Row, extras: _Extras, reading: Reading) -> StudyRecord:
         boxes=extras.boxes.get(image, ()),
         age=age,
         sex=sex_letter(row.get("Patient Gender")),
-        split=extras.splits.get(_number(image)),
+        split=None if extras.splits is None else extras.splits.get(_number(image), UNASSIGNED),
         licence=_LICENCE,
     )
 
@@ -158,7 +167,7 @@ def _mined(row: Row) -> tuple[Mapping[str, LabelState], Mapping[str, LabelState]
     try:
         return _states(row.require("Finding Labels"))
     except KeyError as error:
-        raise row.bad("bad_label", f"{error.args[0]!r} is none of the labels {', '.join(LABELS)}") from None
+        raise row.bad("bad_label", f"{shown(error.args[0])} is none of the labels {', '.join(LABELS)}") from None
 
 
 # 112,120 images have 836 sets of labels.
@@ -201,7 +210,7 @@ def _box(row: Row) -> tuple[str, Box]:
     name = row.require("Finding Label")
     label = _BOX_NAMES.get(name, name)
     if label not in LABELS:
-        raise row.bad("bad_label", f"{name!r} is none of the labels {', '.join(LABELS)}")
+        raise row.bad("bad_label", f"{shown(name)} is none of the labels {', '.join(LABELS)}")
     x, y, width, height = (row.number(column) for column in _BOX_COLUMNS[2:])
     if None in (x, y, width, height) or width <= 0 or height <= 0:
         raise row.bad("bad_value", "a box must have x, y, and a width and height above 0")
@@ -223,18 +232,18 @@ def _expert(row: Row) -> tuple[str, dict[str, LabelState]]:
     for column, label in EXPERT_LABELS.items():
         value = row.get(column)
         if value is not None and value.upper() not in _EXPERT_STATES:
-            raise row.bad("bad_label", f"column {column!r} must be YES, NO, HEDGE or empty, got {value!r}")
+            raise row.bad("bad_label", f"column {column!r} must be YES, NO, HEDGE or empty, got {shown(value)}")
         said[label] = LabelState.UNMENTIONED if value is None else _EXPERT_STATES[value.upper()]
     return _image_name(row), said
 
 
-def _splits(base: Path, reading: Reading) -> dict[int, str]:
-    """Return the part of each image that the official lists name, by its number; empty without the lists."""
+def _splits(base: Path, reading: Reading) -> dict[int, str] | None:
+    """Return the part of each image that the official lists name, by its number; None without the lists."""
+    lists = {path: part for name, part in _LISTS.items() if (path := table_in(base, (name,))) is not None}
+    if not lists:
+        return None
     parts: dict[int, str] = {}
-    for name, part in _LISTS.items():
-        path = table_in(base, (name,))
-        if path is None:
-            continue
+    for path, part in lists.items():
         with open_text(path) as file:
             for place, line in enumerate(file, start=1):
                 if not line.strip():
@@ -243,6 +252,7 @@ def _splits(base: Path, reading: Reading) -> dict[int, str]:
                 if number is None:
                     reading.tell(BadRow("bad_value", path, place, "expected the name of an image on each line"))
                 elif parts.setdefault(number, part) != part:
+                    parts[number] = UNASSIGNED
                     reading.tell(BadRow("bad_value", path, place, "an earlier list has this image in another part"))
     return parts
 
@@ -266,6 +276,6 @@ SET = StudySet(
     ),
     recognises=_recognises,
     read=_read,
-    published={"images": 112120, "patients": 30805, "boxes": 984, "train": 86524, "test": 25596},
+    published={"images": 112120, "patients": 30805, "boxes": 984, "train_images": 86524, "test_images": 25596},
 )
 SETS: tuple[StudySet, ...] = (SET,)

@@ -1,5 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""The tuberculosis sets of the U.S. National Library of Medicine: Shenzhen, and Montgomery County."""
+"""The tuberculosis sets of the U.S. National Library of Medicine: Shenzhen, and Montgomery County.
+
+Read are the radiographs of `CXR_png/` and the clinical readings of `ClinicalReadings/`, a file a radiograph, which may
+be missing altogether. The outlines of lungs in Montgomery's `ManualMask/` are read when they are asked for.
+
+A study is a radiograph. Its label, tuberculosis or normal, is in the name of its file, as is the patient; its reading
+is the English report. The sets have no parts.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +23,9 @@ from PIL import Image
 from ..labels import shared_findings
 from ..report_sections import report_from_text
 from ..schema import ImageFile, LabelState, StudyRecord
-from ..tables import BadRow, Reading, Row
+from ..tables import BadRow, Reading
 from .demographics import age_in_years, sex_letter
-from .layouts import only_folder, plain_name
+from .layouts import FileRow, only_folder
 from .study_set import StudySet
 
 __all__ = ["SETS", "lung_mask"]
@@ -117,9 +124,9 @@ def _stems(base: Path, family: _Family) -> list[str]:
 
 
 def _record(stem: str, base: Path, family: _Family, reading: Reading) -> StudyRecord:
-    row = Row(base / _READINGS / f"{stem}.txt", 1, {"file": f"{stem}.png"})
-    path = reading.image(row, base / _IMAGES / plain_name(row, "file"))
-    text, age, sex = _clinical(row, family, reading)
+    path = base / _IMAGES / f"{stem}.png"
+    reading.image(_place(path), path)
+    text, age, sex = _clinical(base / _READINGS / f"{stem}.txt", family, reading)
     patient, is_sick = family.name.fullmatch(stem).groups()
     labels, findings = _states(family.source, is_sick == "1")
     report = report_from_text(text, _LANGUAGE) if text else None
@@ -138,22 +145,28 @@ def _record(stem: str, base: Path, family: _Family, reading: Reading) -> StudyRe
     )
 
 
-def _clinical(row: Row, family: _Family, reading: Reading) -> tuple[str | None, float | None, str | None]:
+def _place(path: Path) -> FileRow:
+    """Return a place for what is wrong with a file, which its publishers named by a number of their own."""
+    return FileRow(path.parent, 1, {}, path.name)
+
+
+def _clinical(path: Path, family: _Family, reading: Reading) -> tuple[str | None, float | None, str | None]:
     """Return reading, age and sex of a clinical reading file; nothing of one that cannot be read, which is told."""
-    if not row.file.parent.is_dir():
+    if not path.parent.is_dir():
         return None, None, None
     try:
-        return _parse(row, family)
+        return _parse(path, family)
     except BadRow as error:
         reading.tell(error)
     return None, None, None
 
 
-def _parse(row: Row, family: _Family) -> tuple[str, float | None, str | None]:
-    if not row.file.is_file():
-        raise BadRow("missing_file", row.file, None, "no clinical reading of this name")
+def _parse(path: Path, family: _Family) -> tuple[str, float | None, str | None]:
+    row = _place(path)
+    if not path.is_file():
+        raise row.bad("missing_file", "no clinical reading of this name")
     try:
-        text = row.file.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise row.bad("bad_encoding", "expected UTF-8") from None
     head = family.head.match(text)
@@ -210,7 +223,7 @@ SETS: tuple[StudySet, ...] = (
         layout=("ChinaSet_AllFiles/CXR_png/CHNCXR_*.png", "ChinaSet_AllFiles/ClinicalReadings/CHNCXR_*.txt"),
         recognises=partial(_recognises, SHENZHEN),
         read=partial(_read, SHENZHEN),
-        published={"images": 662, "normal": 326, "tuberculosis": 336},
+        published={"images": 662},
     ),
     StudySet(
         name=MONTGOMERY.source,
@@ -225,6 +238,6 @@ SETS: tuple[StudySet, ...] = (
         ),
         recognises=partial(_recognises, MONTGOMERY),
         read=partial(_read, MONTGOMERY),
-        published={"images": 138, "normal": 80, "tuberculosis": 58},
+        published={"images": 138},
     ),
 )

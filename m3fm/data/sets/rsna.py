@@ -1,5 +1,14 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""RSNA Pneumonia Detection Challenge: radiologists' boxes and classes on images of NIH ChestX-ray14."""
+"""RSNA Pneumonia Detection Challenge: radiologists' boxes and classes on images of NIH ChestX-ray14.
+
+Read are Kaggle's tables of the second stage, of which `stage_2_train_labels.csv` must be there, with the images in
+`stage_2_train_images/` and `stage_2_test_images/`, as DICOM or converted. Classes, a table of DICOM headers and the
+mapping to NIH's images are taken where they lie beside it.
+
+A study is an image. One with a box has an opacity; without the detailed classes nothing is said of what else it shows.
+Images of the test part have no label. The NIH image and patient of the mapping become documents: images of one
+patient belong together, whatever the set calls them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,7 @@ from pathlib import Path
 
 from ..labels import shared_findings
 from ..schema import Box, ImageFile, LabelState, StudyRecord
-from ..tables import BadRow, Reading, Row, open_text, read_csv
+from ..tables import BadRow, Reading, Row, open_text, read_csv, shown
 from .demographics import age_in_years, sex_letter
 from .layouts import ImageFolders, find_base, plain_name, table_in
 from .nih_chestxray14 import nih_documents
@@ -91,14 +100,14 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
 
 
 def _mark(row: Row) -> tuple[str, Box | None]:
-    target = row.require("Target")
+    target = row.require("Target").removesuffix(".0")
     numbers = [row.number(column) for column in _COLUMNS[1:5]]
     if target == "0" and numbers == [None] * 4:
         return target, None
     if target == "1" and None not in numbers and numbers[2] > 0 and numbers[3] > 0:
         return target, Box(OPACITY, *numbers)
     if target not in ("0", "1"):
-        raise row.bad("bad_label", f"column 'Target' must be 0 or 1, got {target!r}")
+        raise row.bad("bad_label", f"column 'Target' must be 0 or 1, got {shown(target)}")
     raise row.bad("bad_value", "a row of Target 1 must have a box with a width and height above 0, one of 0 no box")
 
 
@@ -171,7 +180,7 @@ def _classes(base: Path, reading: Reading) -> dict[str, str]:
     def gather(row: Row) -> None:
         said = row.require("class")
         if said not in CLASSES:
-            raise row.bad("bad_label", f"{said!r} is none of the classes {', '.join(CLASSES)}")
+            raise row.bad("bad_label", f"{shown(said)} is none of the classes {', '.join(CLASSES)}")
         if classes.setdefault(row.require("patientId"), said) != said:
             raise row.bad("bad_label", "an earlier line has another class for this image")
 
@@ -240,6 +249,6 @@ SET = StudySet(
     ),
     recognises=_recognises,
     read=_read,
-    published={"train": 26684, "test": 3000, "rows": 30227, "boxes": 9555, "opacity": 6012},
+    published={"train_images": 26684, "test_images": 3000, "boxes": 9555},
 )
 SETS: tuple[StudySet, ...] = (SET,)

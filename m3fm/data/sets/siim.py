@@ -1,5 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""SIIM-ACR Pneumothorax Segmentation: outlines of pneumothorax as run lengths, on images of NIH ChestX-ray14."""
+"""SIIM-ACR Pneumothorax Segmentation: outlines of pneumothorax as run lengths, on images of NIH ChestX-ray14.
+
+Read is the table of masks of either stage, `stage_2_train.csv` or `train-rle.csv`, with the images in the folders of
+studies and series in which they came, or in one folder, as DICOM or PNG.
+
+A study is an image. One with a mask has a pneumothorax, one with "-1" has none, and nothing is said of what else it
+shows. All of the table is for training: the test part was published without labels.
+"""
 
 from __future__ import annotations
 
@@ -146,6 +153,6 @@ SET = StudySet(
     ),
     recognises=_recognises,
     read=_read,
-    published={"images": 12047, "rows": 12954, "pneumothorax": 2669},
+    published={"images": 12047},
 )
 SETS: tuple[StudySet, ...] = (SET,)

@@ -10,7 +10,11 @@ from pathlib import Path
 from ..schema import StudyRecord
 from ..tables import Reading
 
-__all__ = ["StudySet"]
+__all__ = ["UNASSIGNED", "StudySet"]
+
+#: The part of a study that the official lists of its set leave out. It is no part for training, unlike None, which is
+#: that of sets without lists.
+UNASSIGNED = "unassigned"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class StudySet:
         recognises: Tells whether a folder holds it, by a few names of files, without reading tables.
         read: Yields the studies of a folder in a fixed order, streaming. Rows that cannot be used go to the `Reading`.
         published: Counts that its publishers state, for checking a copy: of "images", "studies", "patients" or "boxes"
-            in all parts, or of one part, as "train_images".
+            in all parts, or of one part, as "train_images": what `m3fm data inspect` counts too.
     """
 
     name: str

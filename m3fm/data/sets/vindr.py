@@ -1,6 +1,9 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """VinDr-CXR: boxes of three radiologists an image, as PhysioNet has it or as the VinBigData challenge on Kaggle.
 
+PhysioNet's `annotations_*.csv` (boxes) and `image_labels_*.csv` (what readers said of the whole image) are read with
+`train/` and `test/`; else Kaggle's `train.csv`, which has boxes alone. A study is an image.
+
 The readers of a training image do not agree in all. A label is positive where more than half of them gave it (two of
 three), uncertain where some did, and negative where none did. The test part of PhysioNet has one agreed reading.
 """
@@ -15,7 +18,7 @@ from pathlib import Path
 
 from ..labels import shared_findings
 from ..schema import Box, ImageFile, LabelState, StudyRecord
-from ..tables import BadRow, Reading, Row, read_csv
+from ..tables import BadRow, Reading, Row, read_csv, shown
 from .layouts import ImageFolders, columns_of, find_base, plain_name, table_in
 from .study_set import StudySet
 
@@ -104,6 +107,7 @@ class _Part:
 def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
     """Yield a study for each image, in the order in which the tables first name it; rows of an image lie scattered."""
     base = find_base(root, _all_tables()) or root
+    earlier: set[str] = set()
     for part in _parts(base):
         images: dict[str, _Image] = {}
         if part.votes is not None:
@@ -113,11 +117,14 @@ def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:
         folders = ImageFolders(base, (part.split, f"{part.split}_png", "images"), _SUFFIXES)
         for name, image in images.items():
             try:
+                if name in earlier:
+                    raise image.row.bad("duplicate_id", "the image of this row is in another part too")
                 path = reading.image(image.row, folders.find(name))
             except BadRow as error:
                 reading.tell(error)
             else:
                 yield _record(name, image, part, path)
+        earlier.update(images)
 
 
 def _all_tables() -> tuple[str, ...]:
@@ -168,7 +175,7 @@ def _label_columns(table: Path) -> dict[str, str]:
 def _is_given(row: Row, column: str) -> bool:
     number = row.number(column)
     if number not in (0.0, 1.0, None):
-        raise row.bad("bad_label", f"column {column!r} must be 0, 1 or empty, got {number:g}")
+        raise row.bad("bad_label", f"column {column!r} must be 0, 1 or empty")
     return number == 1.0
 
 
@@ -179,7 +186,7 @@ def _gather_boxes(part: _Part, images: dict[str, _Image], reading: Reading) -> N
         name, reader, label = plain_name(row, "image_id"), _reader(row), row.require("class_name")
         label = _COLUMN_NAMES.get(label, label)
         if label not in part.names:
-            raise row.bad("bad_label", f"{label!r} is none of the labels {', '.join(part.names)}")
+            raise row.bad("bad_label", f"{shown(label)} is none of the labels {', '.join(part.names)}")
         box = _box(row, label, reader)
         image = images.get(name)
         if image is None:
@@ -277,6 +284,6 @@ SET = StudySet(
     ),
     recognises=_recognises,
     read=_read,
-    published={"train": 15000, "test": 3000, "challenge_rows": 67914},
+    published={"train_images": 15000, "test_images": 3000},
 )
 SETS: tuple[StudySet, ...] = (SET,)

@@ -191,6 +191,24 @@ def test_each_kind_of_bad_row_is_told_and_costs_nothing_else(root, row, kind):
     assert "patient0" not in str(caught.value)
 
 
+def test_a_study_of_whose_views_none_is_there_is_left_out(root):
+    for view in ("view1_frontal", "view2_lateral"):
+        (root / "train" / "patient00001" / "study1" / f"{view}.jpg").unlink()
+    records, counts = read_on(root)
+    assert [record.study_id for record in records] == [
+        "patient00001/study2",
+        "patient00002/study1",
+        "patient64541/study1",
+    ]
+    assert counts == {("train.csv", "missing_file"): 2}
+
+
+def test_an_absent_age_may_be_told_as_nan(root):
+    rows = [row.replace(",68,", ",nan,") for row in TRAIN]
+    write(root / "train.csv", [HEAD, *rows])
+    assert [record.age for record in read(root)] == [None, 70.0, 0.0, 73.0]
+
+
 def test_wrong_column_ends_the_reading_at_once(root):
     write(root / "valid.csv", [HEAD.replace("AP/PA", "View"), VALID + "," * 13])
     with pytest.raises(BadRow, match="AP/PA") as caught:

@@ -98,6 +98,13 @@ class TestAnnotations:
         with pytest.raises(BadRow, match=r"annotation\.json, line \d+: entry 5 of 'train': .*already given"):
             read(tmp_path)
 
+    def test_names_of_one_study_are_one_image(self, tmp_path):
+        names = ("1%0.jpg", "1_0.jpg", "1%0.png")
+        write(tmp_path, {"train": [entry(name, "english", "train") for name in names]})
+        records, reading = read(tmp_path, "skip", "unchecked")
+        assert [(record.study_id, record.images[0].path.name) for record in records] == [("1_0", "1%0.jpg")]
+        assert reading.counts == {("annotation.json", "duplicate_id"): 2}
+
     def test_one_language_alone(self, tmp_path):
         write(tmp_path, {"train": document()["train"][:2]})
         assert [list(record.reports) for record in read(tmp_path)[0]] == [["en"], ["en"]]
@@ -150,6 +157,12 @@ class TestTable:
         ]
         counts = {kind: count for (_, kind), count in reading.counts.items()}
         assert counts == {"duplicate_id": 1, "bad_label": 1, "bad_value": 1, "missing_file": 1, "not_a_row": 1}
+
+    def test_names_of_one_study_are_one_image(self, tmp_path):
+        self.write(tmp_path, *(f"{name},{CHINESE},无,0,,First." for name in ("1%0.png", "1_0.png", "1_0.jpg")))
+        records, reading = read(tmp_path, "skip", "unchecked")
+        assert [(record.study_id, record.images[0].path.name) for record in records] == [("1_0", "1%0.png")]
+        assert reading.counts == {("reports_ZH_EN.csv", "duplicate_id"): 2}
 
     def test_a_missing_column_is_raised(self, tmp_path):
         self.write(tmp_path)

@@ -125,6 +125,12 @@ class TestRelease:
             (TEXTS, "bad_value"): 1,
         }
 
+    def test_a_figure_with_another_suffix_is_the_same(self, tmp_path):
+        self.write(tmp_path, [*FIGURES, figure(8, "gr1_lrg.png", label="cxr")])
+        records, reading = read(tmp_path, "skip", "unchecked")
+        assert len({record.study_id for record in records}) == len(records) == 4
+        assert reading.counts == {(IMAGES, "duplicate_id"): 1}
+
     def test_without_texts_it_is_not_the_set(self, tmp_path):
         self.write(tmp_path)
         (tmp_path / TEXTS).unlink()
@@ -199,6 +205,19 @@ class TestTable:
             ("convid_figure_text.xml", "not_a_row"): 1,
         }
         assert [len(record.images) for record in read(tmp_path, "skip", "unchecked")[0]] == [1, 2, 1, 1]
+
+    def test_a_figure_with_another_suffix_is_the_same(self, tmp_path):
+        self.write(tmp_path, f"PMC7,{url(7, 'a_Fig2_HTML.png')},,ct,1")
+        records, reading = read(tmp_path, "skip", "unchecked")
+        assert len({record.study_id for record in records}) == len(records) == 3
+        assert reading.counts[("covid_figure_list.csv", "duplicate_id")] == 1
+
+    def test_a_figure_of_which_no_panel_is_there_is_left_out(self, tmp_path):
+        self.write(tmp_path)
+        (tmp_path / FILES[3]).unlink()
+        records, reading = read(tmp_path, "skip")
+        assert [record.study_id for record in records] == ["PMC7_a_Fig1_HTML_cxr", "PMC7_a_Fig1_HTML_ct"]
+        assert reading.counts[("covid_figure_list.csv", "missing_file")] == 1
 
     def test_a_missing_column_is_raised(self, tmp_path):
         self.write(tmp_path)

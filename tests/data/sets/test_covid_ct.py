@@ -62,7 +62,6 @@ class TestTable:
             f"c1,{FINDING},,女,66,阳性",
             f"c1,{FINDING},,女,66,阳性",
             f"c2,{FINDING},,女,66,可疑",
-            f"c2,{FINDING},,x,66,阳性",
             f"c2,{FINDING},,女,old,阳性",
             f"../c2,{FINDING},,女,66,阳性",
             f"c3,{FINDING},,女,66,阳性",
@@ -71,7 +70,20 @@ class TestTable:
         records, reading = read(tmp_path, "skip")
         assert [record.study_id for record in records] == ["c1", "c2"]
         counts = {kind: count for (_, kind), count in reading.counts.items()}
-        assert counts == {"duplicate_id": 1, "bad_label": 1, "bad_value": 3, "missing_file": 1}
+        assert counts == {"duplicate_id": 1, "bad_label": 1, "bad_value": 2, "missing_file": 1}
+
+    def test_ages_and_sexes_of_other_kinds(self, tmp_path):
+        self.write(tmp_path, f"c1,{FINDING},,Female,66岁,阳性", f"c2,{FINDING},,未知,18月,阴性")
+        first, second = read(tmp_path)[0]
+        assert (first.sex, first.age, second.sex, second.age) == ("F", 66.0, None, 1.5)
+
+    def test_a_case_without_slices_is_left_out(self, tmp_path):
+        self.write(tmp_path, f"c1,{FINDING},,女,66,阳性", f"c2,{FINDING},,女,66,阳性")
+        for path in (tmp_path / "images" / "c1").iterdir():
+            path.unlink()
+        records, reading = read(tmp_path, "skip")
+        assert [record.study_id for record in records] == ["c2"]
+        assert reading.counts == {("reports.csv", "missing_file"): 1}
 
     def test_the_encoding_of_a_chinese_windows(self, tmp_path):
         self.write(tmp_path)

@@ -290,7 +290,10 @@ def test_one_wrong_label_does_not_change_whose_labels_they_are(tmp_path):
     records, reading = read(write_folder(tmp_path, rows), on_bad="skip")
     assert [record.findings["covid_19"] for record in records] == [POSITIVE, NEGATIVE] * 2 + [NEGATIVE, POSITIVE] * 2
     assert reading.counts == {("metadata.jsonl", "bad_label"): 1}
-    assert "line 5: cov_ctr has no label 'COVID19'; the nearest it has is 'COVID-19'" in reading.summary()
+    assert (
+        "line 5: expected a label of cov_ctr, got a text of 7 characters; the nearest it has is 'COVID-19'"
+        in reading.summary()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

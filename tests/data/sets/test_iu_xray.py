@@ -138,7 +138,7 @@ class TestOpenI:
         text = annotations(("CXR1_1_IM-0001", "A.", ["a/0.png"], "val"), ("CXR20_IM-0653", "B.", ["b/0.png"], "test"))
         write(tmp_path / "annotation.json", text)
         records, _ = read(tmp_path)
-        assert [record.split for record in records] == ["validation", "test", None]
+        assert [record.split for record in records] == ["validation", "test", "unassigned"]
         assert records[0].reports["en"].findings == "The heart is normal. Film 1."
         assert records[0].images[0].path.parent.name == "NLMCXR_png"
 
@@ -181,7 +181,7 @@ class TestOpenI:
         write(tmp_path / "ecgen-radiology" / "2.xml", damage)
         records, reading = read(tmp_path, "skip")
         assert [record.study_id for record in records] == ["CXR1", "CXR20", "CXR3"]
-        assert reading.counts == {("2.xml", kind): 1}
+        assert reading.counts == {("ecgen-radiology", kind): 1}
         with pytest.raises(BadRow, match=r"2\.xml, line \d+: ") as raised:
             read(tmp_path)
         assert raised.value.kind == kind and "CXR4" not in str(raised.value)
@@ -199,15 +199,20 @@ class TestOpenI:
         with pytest.raises(BadRow, match="document type"):
             read(tmp_path)
 
-    def test_a_missing_or_misnamed_view_costs_the_view(self, tmp_path):
+    def test_a_missing_view_costs_the_view_and_the_last_one_the_study(self, tmp_path):
         write_openi(tmp_path)
         (tmp_path / "NLMCXR_png" / "CXR1_1_IM-0001-3001.png").unlink()
         write(tmp_path / "ecgen-radiology" / "5.xml", xml(5, ["../../etc/passwd"]))
         records, reading = read(tmp_path, "skip")
-        assert [len(record.images) for record in records] == [1, 1, 0, 0]
-        assert reading.counts == {("1.xml", "missing_file"): 1, ("5.xml", "bad_value"): 1}
+        assert [len(record.images) for record in records] == [1, 1, 0]
+        assert [record.study_id for record in records] == ["CXR1", "CXR20", "CXR3"]  # the third lists no image
+        assert reading.counts == {("ecgen-radiology", "missing_file"): 1, ("ecgen-radiology", "bad_value"): 1}
         # The line of the image, not that of the report.
-        assert [error.line for error in reading.examples] == [12, 12]
+        assert [error.message[:15] for error in reading.examples] == ["1.xml, line 12:", "5.xml, line 12:"]
+        (tmp_path / "NLMCXR_png" / "CXR1_1_IM-0001-4001.png").unlink()
+        records, reading = read(tmp_path, "skip")
+        assert [record.study_id for record in records] == ["CXR20", "CXR3"]
+        assert reading.counts[("ecgen-radiology", "missing_file")] == 2
         with pytest.raises(BadRow, match="the image file"):
             read(tmp_path)
         assert len(read(tmp_path, "skip", "unchecked")[0][0].images) == 2
@@ -223,7 +228,19 @@ class TestOpenI:
         write(tmp_path / "NLMCXR_reports.tgz", content.getvalue()[: len(content.getvalue()) * 4 // 5])
         records, reading = read(tmp_path, "skip")
         assert len(records) < 2
-        assert [kind for _, kind in reading.counts] == ["not_a_row"]
+        assert dict(reading.counts) == {("NLMCXR_reports.tgz", "not_a_row"): 1}
+
+    def test_bad_files_of_the_archive_are_counted_by_the_archive(self, tmp_path):
+        with tarfile.open(tmp_path / "NLMCXR_reports.tgz", "w:gz") as archive:
+            for number in (1, 2, 3):
+                data = xml(number, []).encode() if number == 2 else b"<eCitation>"
+                member = tarfile.TarInfo(f"ecgen-radiology/{number}.xml")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        records, reading = read(tmp_path, "skip")
+        assert [record.study_id for record in records] == ["CXR2"]
+        assert reading.counts == {("NLMCXR_reports.tgz", "not_a_row"): 2}
+        assert reading.examples[1].message.startswith("3.xml, line ")
 
     def test_one_bad_file_in_a_hundred_loses_no_good_one(self, tmp_path):
         for number in range(300):
@@ -273,7 +290,7 @@ class TestKaggle:
     def test_the_split_of_r2gen(self, tmp_path):
         self.write(tmp_path)
         write(tmp_path / "annotation.json", annotations(("CXR2_IM-0652", "A.", ["a/0.png"], "test")))
-        assert [record.split for record in read(tmp_path)[0]] == [None, "test"]
+        assert [record.split for record in read(tmp_path)[0]] == ["unassigned", "test"]
 
     def test_bad_rows(self, tmp_path):
         reports = REPORTS + "1,normal,normal,x,,,Twice.,\nx,normal,normal,x,,,No number.,\n3,normal,too,few\n"
@@ -292,6 +309,13 @@ class TestKaggle:
             ("indiana_projections.csv", "bad_value"): 4,
             ("indiana_projections.csv", "missing_file"): 1,
         }
+
+    def test_a_study_of_whose_images_none_is_there_is_left_out(self, tmp_path):
+        self.write(tmp_path, REPORTS + "3,normal,normal,x,,,No image listed.,\n")
+        (tmp_path / "images" / "images_normalized" / "2_IM-0652-1001.dcm.png").unlink()
+        records, reading = read(tmp_path, "skip")
+        assert [(record.study_id, len(record.images)) for record in records] == [("CXR1", 2), ("CXR3", 0)]
+        assert reading.counts == {("indiana_projections.csv", "missing_file"): 1}
 
     def test_a_missing_column_or_table_is_raised(self, tmp_path):
         self.write(tmp_path, REPORTS.replace("MeSH", "terms"))
@@ -358,6 +382,8 @@ class TestR2Gen:
         self.write(tmp_path)
         (tmp_path / "images" / "CXR7_IM-2263" / "1.png").unlink()
         assert [len(record.images) for record in read(tmp_path, "skip")[0]] == [2, 2, 1]
+        (tmp_path / "images" / "CXR7_IM-2263" / "0.png").unlink()
+        assert [record.study_id for record in read(tmp_path, "skip")[0]] == ["CXR2384", "CXR1"]
 
 
 def test_other_folders_are_not_recognised(tmp_path):
@@ -421,4 +447,5 @@ def test_one_damaged_report_in_a_hundred_loses_no_good_one_of_open_i(data_root, 
     records, reading = read(tmp_path, "skip", "unchecked")
     expected = {f"CXR{Path(member.name).stem}" for member in members} - {f"CXR{number}" for number in spoilt}
     assert {record.study_id for record in records} == expected and len(expected) == 990
-    assert {file for file, _ in reading.counts} == {f"{number}.xml" for number in spoilt}
+    assert {file for file, _ in reading.counts} == {"ecgen-radiology"}
+    assert {error.message.partition(",")[0] for error in reading.examples} == {f"{number}.xml" for number in spoilt}

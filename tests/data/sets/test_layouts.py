@@ -9,7 +9,7 @@ import pytest
 
 from m3fm.data.sets import get_set
 from m3fm.data.sets.demographics import age_in_years, sex_letter
-from m3fm.data.sets.layouts import ImageFolders, columns_of, find_base, plain_name, table_in
+from m3fm.data.sets.layouts import FileRow, ImageFolders, columns_of, find_base, plain_name, table_in, tables_like
 from m3fm.data.tables import BadRow, Reading, Row, read_csv
 
 
@@ -28,6 +28,21 @@ def test_base_is_found_through_wrapping_folders(tmp_path: Path) -> None:
     # A folder with two others wraps neither: it may hold two sets.
     (tmp_path / "other").mkdir()
     assert find_base(tmp_path, ("a.csv",)) is None
+
+
+def test_tables_by_a_pattern_newest_first(tmp_path: Path) -> None:
+    for name in ("a-2.0.0.csv.gz", "a-2.1.0.csv", "a-2.0.0.csv.bak", "ba-2.0.0.csv", "a-3.csv.zip"):
+        (tmp_path / name).touch()
+    names = [path.name for path in tables_like(tmp_path, r"a-2.*\.csv|a-3\.csv")]
+    assert names == ["a-3.csv.zip", "a-2.1.0.csv", "a-2.0.0.csv.gz"]
+
+
+def test_a_file_of_a_folder_is_counted_by_the_folder() -> None:
+    reading = Reading("skip")
+    for number in range(3):
+        reading.tell(FileRow(Path("set/reports"), 7, {}, f"{number}.xml").bad("bad_value", "expected more"))
+    assert reading.counts == {("reports", "bad_value"): 3}
+    assert str(reading.examples[1]) == "set/reports: 1.xml, line 7: expected more"
 
 
 def test_missing_root_and_many_entries_are_no_base(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from m3fm.data.opening import OpenSet, open_set
 from m3fm.data.schema import LabelState, StudyRecord
 from m3fm.data.sets.mimic_cxr import SET
+from m3fm.data.studies import study_of, training_part
 from m3fm.data.tables import BadRow, Reading
 
 METADATA = (
@@ -329,12 +330,34 @@ def test_bad_split_and_bad_report_are_told(jpg):
     edit(jpg / "mimic-cxr-2.0.0-split.csv.gz", 3, "b1,50000002,10000001,holdout")
     write_report(jpg, 10000001, 50000001, b"FINDINGS: \xff\xfe")
     records, counts = read_on(jpg)
-    assert [record.split for record in records] == ["train", None, "test"]
+    assert [record.split for record in records] == ["train", "unassigned", "test"]
     assert [record.reports for record in records] == [{}, {}, {}]
     assert counts == {
         ("mimic-cxr-2.0.0-split.csv.gz", "bad_value"): 1,
         ("mimic-cxr-2.0.0-metadata.csv.gz", "bad_encoding"): 1,
     }
+
+
+def test_a_study_that_the_table_of_splits_does_not_place_is_in_no_part(jpg):
+    # The first study has no row left; the images of the second are in two parts.
+    rows = ["b1,50000002,10000001,train", "b2,50000002,10000001,test", "c1,50000003,11000002,test"]
+    write(jpg / "mimic-cxr-2.0.0-split.csv.gz", ["dicom_id,study_id,subject_id,split", *rows])
+    records, counts = read_on(jpg)
+    assert [record.split for record in records] == ["unassigned", "unassigned", "test"]
+    assert counts == {("mimic-cxr-2.0.0-split.csv.gz", "bad_value"): 1}
+    assert training_part(map(study_of, records)) == []
+    (jpg / "mimic-cxr-2.0.0-split.csv.gz").unlink()
+    assert [record.split for record in read(jpg)] == [None, None, None]
+
+
+def test_a_study_of_whose_views_none_is_there_is_left_out(jpg):
+    write_report(jpg, 10000001, 50000002)
+    for name in ("a1", "a2"):
+        (jpg / folder_of(10000001, 50000001) / f"{name}.jpg").unlink()
+    records, counts = read_on(jpg)
+    # The report that it has does not keep it.
+    assert [record.study_id for record in records] == ["50000002", "50000003"]
+    assert counts == {("mimic-cxr-2.0.0-metadata.csv.gz", "missing_file"): 2}
 
 
 def test_wrong_tables_end_the_reading_at_once(jpg, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from m3fm.data.opening import open_set
 from m3fm.data.schema import Box, LabelState, StudyRecord
 from m3fm.data.sets.nih_chestxray14 import LABELS, SET, nih_documents
+from m3fm.data.studies import study_of, training_part
 from m3fm.data.tables import BadRow
 
 POSITIVE, NEGATIVE, UNMENTIONED = LabelState.POSITIVE, LabelState.NEGATIVE, LabelState.UNMENTIONED
@@ -85,6 +86,30 @@ def test_without_lists_there_is_no_split(tmp_path: Path) -> None:
     assert [record.split for record in open_set(write_tree(tmp_path))] == [None] * 3
 
 
+def test_an_absent_age_may_be_told_as_nan(tmp_path: Path) -> None:
+    rows = [row.replace(",57,", ",nan,") for row in ROWS]
+    assert [record.age for record in open_set(write_tree(tmp_path, rows))] == [None, 58.0, None]
+
+
+def test_an_image_that_the_lists_leave_out_is_in_no_part(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "train_val_list.txt").write_text("00000001_000.png\n")
+    (root / "test_list.txt").write_text("00000013_008.png\n")
+    assert [record.split for record in open_set(root)] == ["train", "unassigned", "test"]
+
+
+def test_cells_that_slipped_are_not_quoted(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, ["00000002_000.png,Mr Smith had a cough; MRN 12345,0,2,57,M,PA,1,1,1,1", *ROWS])
+    (root / "BBox_List_2017.csv").write_text(f"Image Index,Finding Label,Bbox [x,y,w,h]\n{'MRN 12345,' * 5}4\n")
+    (root / "google2019_nih-chest-xray-labels.csv").write_text(
+        "Image Index,Fracture,Pneumothorax,Airspace opacity,Nodule or mass\nx,NO,Smith was seen in March,NO,NO\n"
+    )
+    opened = open_set(root, on_bad="skip")
+    assert len(list(opened)) == 3 and sum(opened.reading.counts.values()) == 3
+    summary = opened.reading.summary()
+    assert "Smith" not in summary and "12345" not in summary and summary.count("a text of ") == 3
+
+
 def test_older_table_and_its_sample(tmp_path: Path) -> None:
     rows = [row.replace(",57,", ",057Y,") + "," for row in ROWS]
     old = write_tree(tmp_path / "old", rows, HEAD + ",", "Data_Entry_2017.csv")
@@ -153,7 +178,10 @@ def test_broken_encoding_and_bad_box_and_bad_expert(tmp_path: Path) -> None:
     (root / "test_list.txt").write_text("00000001_000.png\n")
     opened = open_set(root, on_bad="skip")
     records = list(opened)
-    assert len(records) == 3 and records[0].boxes == (Box("Mass", 1, 2, 3, 4),) and records[0].split == "train"
+    assert len(records) == 3 and records[0].boxes == (Box("Mass", 1, 2, 3, 4),)
+    # Both lists have the first image, neither the others: none of them may be trained on.
+    assert [record.split for record in records] == ["unassigned"] * 3
+    assert training_part(map(study_of, records)) == []
     assert opened.reading.counts == {
         ("Data_Entry_2017_v2020.csv", "bad_encoding"): 1,
         ("BBox_List_2017.csv", "bad_value"): 2,

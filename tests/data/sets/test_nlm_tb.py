@@ -118,7 +118,7 @@ def test_readings_without_images(tmp_path: Path) -> None:
         path.unlink()
     (base / "CXR_png").rmdir()
     assert len(list(open_set(base, images="unchecked"))) == 6
-    with pytest.raises(BadRow, match="CHNCXR_0001_0.txt, line 1: the image file") as error:
+    with pytest.raises(BadRow, match="CXR_png: CHNCXR_0001_0.png, line 1: the image file") as error:
         list(open_set(base))
     assert error.value.kind == "missing_file"
 
@@ -143,7 +143,9 @@ def test_a_bad_reading_costs_the_report_alone(kind: str, tmp_path: Path) -> None
     assert error.value.kind == kind
     opened = open_set(base, on_bad="skip")
     records = {record.study_id: record for record in opened}
-    assert len(records) == 6 and opened.reading.counts == {(file.name, kind): 1}
+    assert len(records) == 6 and opened.reading.counts == {("ClinicalReadings", kind): 1}
+    # Counts and tables are told by the folder; the message has the publishers' name of the file.
+    assert file.name in opened.reading.examples[0].message
     assert records["CHNCXR_0327_1"].reports == {} and records["CHNCXR_0327_1"].findings["tuberculosis"] is POSITIVE
 
 
@@ -152,7 +154,15 @@ def test_a_missing_image_costs_its_study(tmp_path: Path) -> None:
     (base / "CXR_png" / "CHNCXR_0327_1.png").unlink()
     opened = open_set(base, on_bad="skip")
     assert len(list(opened)) == 5
-    assert opened.reading.counts == {("CHNCXR_0327_1.txt", "missing_file"): 1}
+    assert opened.reading.counts == {("CXR_png", "missing_file"): 1}
+
+
+def test_examples_of_many_bad_readings_stay_few(tmp_path: Path) -> None:
+    base = write_tree(tmp_path, {f"CHNCXR_{number:04d}_0": "nothing" for number in range(50)})
+    opened = open_set(base, on_bad="skip")
+    assert len(list(opened)) == 50
+    assert opened.reading.counts == {("ClinicalReadings", "bad_value"): 50} and len(opened.reading.examples) == 20
+    assert len(opened.reading.summary().splitlines()) == 1
 
 
 def test_another_folder_is_neither_set(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from m3fm.data.sets.rsna import ABNORMAL, NORMAL, OPACITY, SET
 from m3fm.data.tables import BadRow
 
 POSITIVE, NEGATIVE, UNMENTIONED = LabelState.POSITIVE, LabelState.NEGATIVE, LabelState.UNMENTIONED
+# What the challenge's table has of rows, and of images with an opacity.
+TABLE_ROWS, SICK = 30227, 6012
 HEAD = "patientId,x,y,width,height,Target"
 ROWS = ["a-1,,,,,0", "b-2,264.0,152.0,213.0,379.0,1", "c-3,,,,,0", "b-2,562.0,152.0,256.0,453.0,1"]
 
@@ -136,6 +138,17 @@ def test_bad_rows_of_further_files(tmp_path: Path) -> None:
     }
 
 
+def test_cells_that_slipped_are_not_quoted(tmp_path: Path) -> None:
+    root = write_tree(tmp_path, ["a-1,,,,,Mr Smith was seen in March", "b-2,NaN,NaN,NaN,NaN,0.0"])
+    (root / "stage_2_detailed_class_info.csv").write_text("patientId,class\na-1,record 12345\n")
+    opened = open_set(root, on_bad="skip")
+    # An absent box may be told as "NaN".
+    assert [(record.study_id, record.boxes) for record in opened] == [("b-2", ())]
+    summary = opened.reading.summary()
+    assert "Smith" not in summary and "a text of 26 characters" in summary
+    assert "12345" not in summary and "a text of 12 characters is none of the classes" in summary
+
+
 @pytest.mark.parametrize("text", ["{}", "[", '"x"'])
 def test_mapping_of_another_form_is_raised_at_once(text: str, tmp_path: Path) -> None:
     root = write_tree(tmp_path)
@@ -157,12 +170,12 @@ def test_full_tables_have_the_published_counts(data_root: Path, tmp_path: Path) 
     name = "kaggle_stage_2_train_images_dicom_headers.csv.gz"
     os.symlink(tables / name, tmp_path / name)
     records = list(open_set(tmp_path, images="unchecked"))
-    assert len(records) == SET.published["train"] == 26684
+    assert len(records) == SET.published["train_images"] == 26684
     boxes = sum(len(record.boxes) for record in records)
     assert boxes == SET.published["boxes"] == 9555
     sick = [record for record in records if record.labels[OPACITY] is POSITIVE]
-    assert len(sick) == SET.published["opacity"] == 6012
-    assert boxes + len(records) - len(sick) == SET.published["rows"] == 30227
+    assert len(sick) == SICK
+    assert boxes + len(records) - len(sick) == TABLE_ROWS
     assert all(box.x >= 0 and box.x + box.width <= 1024 for record in records for box in record.boxes)
     assert {record.images[0].view for record in records} == {"AP", "PA"}
     assert {record.sex for record in records} == {"F", "M"}

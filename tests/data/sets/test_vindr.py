@@ -14,6 +14,8 @@ from m3fm.data.tables import BadRow
 
 POSITIVE, NEGATIVE = LabelState.POSITIVE, LabelState.NEGATIVE
 UNCERTAIN, UNMENTIONED = LabelState.UNCERTAIN, LabelState.UNMENTIONED
+# What the challenge's table has.
+TABLE_ROWS = 67914
 HEAD = "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"
 ROWS = [
     "aa,Cardiomegaly,3,R10,691.0,1375.0,1653.0,1831.0",
@@ -28,7 +30,7 @@ ROWS = [
 
 
 def write_challenge(root: Path, rows: list[str] = ROWS) -> Path:
-    (root / "train").mkdir()
+    (root / "train").mkdir(parents=True)
     (root / "train.csv").write_text("\n".join([HEAD, *rows]) + "\n")
     (root / "train" / "aa.dicom").touch()
     (root / "train" / "bb.png").touch()
@@ -177,6 +179,30 @@ def test_wrong_column_is_raised_at_once(tmp_path: Path) -> None:
     assert error.value.kind == "wrong_column"
 
 
+def test_absent_boxes_may_be_told_as_nan_and_slipped_cells_are_not_quoted(tmp_path: Path) -> None:
+    rows = [row.replace(",,,,", ",NaN,NaN,nan,NaN") for row in ROWS]
+    clean = write_challenge(tmp_path, rows)
+    blank = write_challenge(tmp_path / "blank")
+    said = [[(each.study_id, each.labels, each.boxes) for each in open_set(root)] for root in (clean, blank)]
+    assert said[0] == said[1]
+    rows += ["aa,MRN 555 Smith,1,R1,1,2,3,4", "aa,Cardiomegaly,1,R1,1,2,3,nan"]
+    (clean / "train.csv").write_text("\n".join([HEAD, *rows]) + "\n")
+    opened = open_set(clean, on_bad="skip")
+    assert len(list(opened)) == 2
+    assert opened.reading.counts == {("train.csv", "bad_label"): 1, ("train.csv", "bad_value"): 1}
+    assert "Smith" not in opened.reading.summary() and "a text of 13 characters" in opened.reading.summary()
+
+
+def test_an_image_of_both_parts_is_one_study(tmp_path: Path) -> None:
+    base = write_physionet(tmp_path)
+    for name in ("annotations_test.csv", "image_labels_test.csv"):
+        table = base / "annotations" / name
+        table.write_text(table.read_text().replace("\ncc,", "\naa,"))
+    opened = open_set(base, on_bad="skip")
+    assert [(record.study_id, record.split) for record in opened] == [("aa", "train"), ("bb", "train")]
+    assert opened.reading.counts == {("image_labels_test.csv", "duplicate_id"): 1}
+
+
 @pytest.mark.realdata
 def test_full_table_has_the_published_counts(data_root: Path, tmp_path: Path) -> None:
     os.symlink(data_root / "label_tables" / "vinbigdata-train.csv.gz", tmp_path / "train.csv.gz")
@@ -186,10 +212,10 @@ def test_full_table_has_the_published_counts(data_root: Path, tmp_path: Path) ->
         boxes.update(box.label for box in record.boxes)
         readers.update(box.reader for box in record.boxes)
         states.update(record.labels.items())
-    assert images == SET.published["train"] == 15000
+    assert images == SET.published["train_images"] == 15000
     # Each of the three readers of an image without finding has a row, each box has one.
     assert states["No finding", POSITIVE] == 10606 and states["No finding", UNCERTAIN] == 0
-    assert sum(boxes.values()) + 3 * 10606 == SET.published["challenge_rows"] == 67914
+    assert sum(boxes.values()) + 3 * 10606 == TABLE_ROWS
     assert boxes["Aortic enlargement"] == 7162 and boxes["Pneumothorax"] == 226
     assert len(readers) == 11 and None not in readers
     assert states["Cardiomegaly", POSITIVE] == 1817 and states["Cardiomegaly", UNCERTAIN] == 483
