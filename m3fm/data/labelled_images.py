@@ -20,7 +20,7 @@ from .labels import FINDINGS
 from .schema import LabelState
 from .sets.folder_tables import LABEL_SEPARATOR, read_own_csv
 from .studies import TRAINING_SPLIT, Study, load_studies, training_part
-from .tables import Reading, Row
+from .tables import Reading, Row, shown
 
 __all__ = ["LabelledImages", "draw_studies", "read_labelled"]
 
@@ -225,7 +225,7 @@ def _states(row: Row, columns: Sequence[str]) -> dict[str, float]:
             values[name] = _VALUES.get(cell_state(row.values[name]), np.nan)
         except ValueError as error:
             raise row.bad(
-                "bad_label", f"without a column 'label' every other column is a label, {name!r} too: {error}"
+                "bad_label", f"without a column 'label' every other column is a label, {shown(name)} too: {error}"
             ) from None
     return values
 
@@ -270,7 +270,9 @@ def _read_lists(
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-                raise ValueError(f"No study is labelled {name!r}; the nearest labels are {', '.join(near)}.")
+                raise ValueError(
+                    f"No study is labelled {name!r}; the nearest labels are {', '.join(map(shown, near))}."
+                )
     single = all(isinstance(value, str) or value is None or value != value for value in values)
     mappings = any(isinstance(value, Mapping) for value in values)
     targets = np.full((len(rows), len(names)), np.nan)
@@ -297,7 +299,7 @@ def _row(value: Any, number: int) -> dict[str, float] | None:
         return row
     if isinstance(value, list | tuple | set | frozenset) and all(isinstance(name, str) for name in value):
         if len(set(value)) < len(value):
-            raise ValueError(f"Label {number}: expected each name once, got {sorted(value)}.")
+            raise ValueError(f"Label {number}: expected each name once, got {', '.join(map(shown, sorted(value)))}.")
         return dict.fromkeys(value, 1.0)
     raise ValueError(
         f"Label {number}: expected a name, a list of names, a mapping of names to 1, 0 or None, or None; got "

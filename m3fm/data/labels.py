@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from .schema import LabelState
+from .tables import shown
 
 __all__ = [
     "FINDINGS",
@@ -204,7 +205,7 @@ def canonical_findings(labels: Iterable[str], source: str, denied: Iterable[str]
     """
     spec = _source(source)
     if isinstance(labels, str):
-        raise ValueError(f"labels must be a list of names, got the string {labels!r}")
+        raise ValueError(f"labels must be a list of names, got {shown(labels)}")
     findings = dict.fromkeys(sorted(spec.exhaustive.union(denied)), 0.0)
     for label in labels:
         _check_label(label, spec, source)
@@ -276,7 +277,8 @@ def _meanings(source: str) -> dict[str, _Meaning]:
 def _check_label(label: str, spec: _Source, source: str) -> None:
     if label not in spec.labels:
         near = difflib.get_close_matches(str(label), spec.labels, n=1, cutoff=0.0)
-        raise ValueError(f"{source} has no label {label!r}; the nearest it has is {near[0]!r}")
+        # Labels come from rows, where one may have slipped and hold a report.
+        raise ValueError(f"expected a label of {source}, got {shown(str(label))}; the nearest it has is {near[0]!r}")
 
 
 def label_vector(findings: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:

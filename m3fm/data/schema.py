@@ -2,7 +2,8 @@
 """The one schema: what every data set becomes, as a Python record and as a row of `datasets`.
 
 A `StudyRecord` is one examination, with all that its set says of it. `features()` is the same as `datasets.Features`,
-`StudyRecord.as_row` and `StudyRecord.from_row` go between them. Ids serve grouping alone: no `repr` shows them.
+`StudyRecord.as_row` and `StudyRecord.from_row` go between them. Ids serve grouping alone: no `repr` shows
+them, nor any report.
 """
 
 from __future__ import annotations
@@ -92,10 +93,10 @@ class ReportText:
         is_translated: Whether a machine translated it.
     """
 
-    text: str
-    findings: str | None = None
-    impression: str | None = None
-    raw: str | None = None
+    text: str = field(repr=False)
+    findings: str | None = field(default=None, repr=False)
+    impression: str | None = field(default=None, repr=False)
+    raw: str | None = field(default=None, repr=False)
     is_translated: bool = False
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """What training and evaluation take: studies of any data set, and parallel texts.
 
-Study and patient ids serve grouping alone: no message, and no `repr`, shows them.
+Study and patient ids serve grouping alone: no message, and no `repr`, shows them, nor any report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .schema import LANGUAGES, LabelState, StudyRecord
 from .sets import find_set
 from .sets.folder import read_folder, source_name
 from .sets.folder_tables import TABLES, has_table
-from .tables import Reading, read_jsonl
+from .tables import Reading, is_file, read_jsonl
 
 __all__ = [
     "LANGUAGES",
@@ -63,7 +63,7 @@ class Study:
     modality: str
     images: tuple[Any, ...] = field(repr=False)
     patient_id: str | None = field(repr=False)
-    reports: dict[str, str]
+    reports: dict[str, str] = field(repr=False)
     findings: dict[str, float] | None
     split: str | None
     grouped_key: str = field(default="", repr=False)
@@ -80,7 +80,7 @@ class ParallelPair:
     """
 
     study_id: str = field(repr=False)
-    texts: dict[str, str]
+    texts: dict[str, str] = field(repr=False)
     split: str | None = None
 
 
@@ -92,26 +92,27 @@ def load_studies(folder: Path) -> list[Study]:
     of sections, sentences that one examination alone cannot support are dropped. Those of every other set are the
     cleaned `StudyRecord.reports`.
 
-    Sets that come without a validation part get the one that m3fm fixes for them (`m3fm.data.splits`).
+    Sets that come without a validation part get the one that m3fm fixes for them (`m3fm.data.splits`), also as shards,
+    where these keep the names of the set and of its studies.
 
     Args:
         folder: A set in its published layout, shards, or an own folder, whose name tells which label names to expect.
-            In an own folder of another name the labels used tell which known set it is a part of; where they are no
-            set's, they are canonical, CheXpert's or English names, and a row denies those of them that it does not
-            name.
+            In an own folder of another name, labels that only one of the known sets uses tell that it is a part of
+            it; else they are canonical, CheXpert's or English names, and a row denies those that other rows name and
+            it does not.
 
     Raises:
         ValueError: For a missing file, a line that is not JSON, a missing column, an unknown label or a repeated
             study, with the file and the line.
     """
     studies = read_studies(folder)
-    validation = carved_ids(source_name(folder))
-    if validation.isdisjoint(study.study_id for study in studies):
-        return studies
-    return [
-        replace(study, split="validation" if study.study_id in validation else study.split or "train")
-        for study in studies
-    ]
+    carved = {study.source for study in studies if study.study_id in carved_ids(study.source)}
+    return [_with_part(study) if study.source in carved else study for study in studies]
+
+
+def _with_part(study: Study) -> Study:
+    is_held_back = study.study_id in carved_ids(study.source)
+    return replace(study, split="validation" if is_held_back else study.split or TRAINING_SPLIT)
 
 
 def read_studies(folder: Path) -> list[Study]:
@@ -208,9 +209,14 @@ def _image_digest(image: Any) -> str:
 
 
 @cache
-def carved_ids(folder_name: str) -> frozenset[str]:
-    """Return the study ids of the validation part that m3fm fixes for a set; empty where the set has its own."""
-    path = Path(__file__).parent / "splits" / f"{folder_name}.json"
-    if not path.is_file():
+def carved_ids(source: str) -> frozenset[str]:
+    """Return the study ids of the validation part that m3fm fixes for a set; empty where the set has its own.
+
+    Args:
+        source: `Study.source`, the name of a set or of its folder.
+    """
+    path = Path(__file__).parent / "splits" / f"{source}.json"
+    # Shards may name any source, and with it a way to another folder.
+    if Path(source).name != source or not is_file(path):
         return frozenset()
     return frozenset(json.loads(path.read_text(encoding="utf-8")).get("validation", ()))

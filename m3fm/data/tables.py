@@ -20,7 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["BAD_KINDS", "BadRow", "Reading", "Row", "is_file", "is_unicode", "open_text", "read_csv", "read_jsonl"]
+__all__ = [
+    "BAD_KINDS",
+    "BadRow",
+    "Reading",
+    "Row",
+    "is_file",
+    "is_unicode",
+    "open_text",
+    "read_csv",
+    "read_jsonl",
+    "shown",
+]
 
 #: What may be wrong with a row.
 BAD_KINDS = (
@@ -35,6 +46,8 @@ BAD_KINDS = (
 )
 _MAX_EXAMPLES = 20
 _IDENTIFIERS = ("study_id", "patient_id")
+_LONGEST_NAME, _MOST_WORDS = 30, 3
+_NO_NUMBER = ("", "nan")
 
 Parsed = TypeVar("Parsed")
 
@@ -54,6 +67,10 @@ class BadRow(ValueError):  # noqa: N818 (what it is, more than that it is raised
             raise AssertionError(f"{kind!r} is none of {BAD_KINDS}")
         self.kind, self.file, self.line, self.message = kind, file, line, message
         super().__init__(f"{file}{'' if line is None else f', line {line}'}: {message}")
+
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, Path, int | None, str]]:
+        """Tell workers' processes how to make it again: an exception is made of its message by default."""
+        return type(self), (self.kind, self.file, self.line, self.message)
 
 
 class Reading:
@@ -155,25 +172,26 @@ class Row:
         """
         value = self.get(column)
         if value is None:
-            raise self.bad(
-                "bad_value", f"column {column!r} is missing or empty; the row has {', '.join(sorted(self.values))}"
-            )
+            # Without a head, the names of the row's columns are cells of the first row: none is told.
+            raise self.bad("bad_value", f"column {column!r} is missing or empty")
         return value
 
     def number(self, column: str) -> float | None:
-        """Return the number of a column; None where it is missing or empty.
+        """Return the number of a column; None where it is missing, empty or "nan", as programs for tables write it.
 
         Raises:
-            BadRow: If it is no finite number.
+            BadRow: If it is no number, or infinite.
         """
         value = self.values.get(column)
-        if value is None or (isinstance(value, str) and not value.strip()):
+        if value is None or (isinstance(value, str) and value.strip().casefold() in _NO_NUMBER):
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             number = float("inf")
-        if number - number != 0:  # infinite or not a number
+        if number != number:
+            return None
+        if number - number != 0:  # infinite
             raise self.bad("bad_value", f"column {column!r} must be a number")
         return number
 
@@ -233,10 +251,10 @@ def read_csv(
     with open_text(path) as file:
         lines = _Lines(file)
         head = next(lines, None)
-        names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter))] if head else []
+        names = _head(path, head, delimiter)
         if missing := [column for column in columns if column not in names]:
-            # Without a head, the first line is a row, which may identify a patient.
-            got = names if len(missing) < len(columns) else "none of them"
+            # Without a head, the first line is a row, which may identify a patient: only known names are told.
+            got = [column for column in columns if column in names] or "none of them"
             raise BadRow("wrong_column", path, 1, f"expected the columns {missing}, got {got}")
         # Spreadsheets leave commas at the end of the head, which rows need not have.
         needed = max((number for number, name in enumerate(names, start=1) if name), default=0)
@@ -244,15 +262,35 @@ def read_csv(
             if not line.strip():
                 continue
             start = lines.number
-            fields = _fields(line, delimiter)
-            if fields is None and has_long_text:
-                fields = _long_fields(line, lines, delimiter, len(names))
-            if fields is not None and needed <= len(fields) < len(names):
-                fields += [""] * (len(names) - len(fields))
             try:
+                fields = _fields(line, delimiter)
+                if fields is None and has_long_text:
+                    fields = _long_fields(line, lines, delimiter, len(names))
+                if fields is not None and needed <= len(fields) < len(names):
+                    fields += [""] * (len(names) - len(fields))
                 yield _row(path, start, names, fields)
+            except _LongFieldError as error:
+                reading.tell(BadRow("not_a_row", path, start, f"a field is {error}"))
             except BadRow as error:
                 reading.tell(error)
+
+
+def _head(path: Path, line: str | None, delimiter: str) -> list[str]:
+    try:
+        names = [name.strip() for name in next(csv.reader([line or ""], delimiter=delimiter), ())]
+    except csv.Error:
+        message = f"expected the names of the columns, got one that is {_LongFieldError()}"
+        raise BadRow("wrong_column", path, 1, message) from None
+    if not any(names):
+        raise BadRow("wrong_column", path, 1, "expected the names of the columns, got none")
+    return names
+
+
+class _LongFieldError(Exception):
+    """Tell of a field that the csv module does not take; its limit is the whole program's, and not ours to raise."""
+
+    def __init__(self) -> None:
+        super().__init__(f"longer than {csv.field_size_limit()} characters")
 
 
 class _Lines:
@@ -283,10 +321,16 @@ _MOST_LINES = 500
 
 
 def _fields(text: str, delimiter: str) -> list[str] | None:
-    """Return the fields of one row; None where a quote is not closed."""
+    """Return the fields of one row; None where a quote is not closed.
+
+    Raises:
+        _LongFieldError: If one is.
+    """
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    except csv.Error:
+    except csv.Error as error:
+        if "field limit" in str(error):
+            raise _LongFieldError from None
         return None
     return rows[0] if len(rows) == 1 else None
 
@@ -314,7 +358,9 @@ def _long_fields(line: str, lines: _Lines, delimiter: str, width: int) -> list[s
 
 def _row(path: Path, line: int, names: list[str], fields: list[str] | None) -> Row:
     if fields is None:
-        raise BadRow("not_a_row", path, line, "a quoted field is not closed")
+        raise BadRow(
+            "not_a_row", path, line, f"a quoted field is not closed within {csv.field_size_limit()} characters"
+        )
     if len(fields) != len(names):
         raise BadRow("not_a_row", path, line, f"expected {len(names)} fields, got {len(fields)}")
     if not is_unicode(fields):
@@ -343,6 +389,10 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         raise BadRow("bad_encoding", path, number, "expected a JSON object in UTF-8")
     try:
         values = json.loads(line)
+        is_whole = is_unicode(values)
+    except RecursionError:
+        message = "expected a JSON object, got values that are nested too deeply"
+        raise BadRow("not_a_row", path, number, message) from None
     except ValueError as error:
         # The decoder's own message may quote the line, and with it an identifier.
         raise BadRow(
@@ -350,7 +400,7 @@ def _json_row(path: Path, number: int, line: str) -> Row:
         ) from None
     if not isinstance(values, dict):
         raise BadRow("not_a_row", path, number, f"expected a JSON object, got {type(values).__name__}")
-    if not is_unicode(values):
+    if not is_whole:
         raise BadRow("bad_encoding", path, number, "expected a JSON object in UTF-8")
     return Row(path, number, values)
 
@@ -364,6 +414,21 @@ def is_unicode(value: Any) -> bool:
     if isinstance(value, dict):
         return all(is_unicode(each) for pair in value.items() for each in pair)
     return True
+
+
+def shown(value: str) -> str:
+    """Return what a message may say of a cell: in a row that slipped, any cell may hold a report or an id.
+
+    Args:
+        value: What came where a name was expected.
+
+    Returns:
+        The value in quotes where it may be such a name: short, of few words, without a digit; else its length.
+    """
+    is_name = len(value) <= _LONGEST_NAME and len(value.split()) <= _MOST_WORDS
+    if is_name and not any(character.isdigit() for character in value):
+        return repr(value)
+    return f"a text of {len(value)} characters"
 
 
 def is_file(path: Path) -> bool:

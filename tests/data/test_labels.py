@@ -81,7 +81,7 @@ def test_translations(labels, source, expected):
 
 
 def test_unknown_label_names_the_nearest():
-    with pytest.raises(ValueError, match=r"nih_chestxray14_sample has no label 'Efusion'.*'Effusion'"):
+    with pytest.raises(ValueError, match=r"expected a label of nih_chestxray14_sample, got 'Efusion'.*'Effusion'"):
         canonical_findings(["Efusion"], "nih_chestxray14_sample")
 
 

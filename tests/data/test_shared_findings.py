@@ -81,10 +81,18 @@ def test_label_that_means_none():
 
 
 def test_unknown_label_and_source():
-    with pytest.raises(ValueError, match="chexpert has no label 'Oedema'; the nearest it has is 'Edema'"):
+    with pytest.raises(ValueError, match="expected a label of chexpert, got 'Oedema'; the nearest it has is 'Edema'"):
         shared_findings({"Oedema": NEGATIVE}, "chexpert")
     with pytest.raises(ValueError, match="unknown label source 'chexpertt'"):
         shared_findings({}, "chexpertt")
+
+
+def test_a_report_where_a_label_was_expected_is_not_shown():
+    with pytest.raises(ValueError, match="got a text of 28 characters; the nearest it has is") as error:
+        shared_findings({"Clear lungs, no effusion, P1": POSITIVE}, "chexpert")
+    with pytest.raises(ValueError, match="must be a list of names, got a text of 28 characters"):
+        canonical_findings("Clear lungs, no effusion, P1", "chexpert")
+    assert "Clear" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", label_sources())

@@ -3,6 +3,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m3fm.data.tables import BAD_KINDS, BadRow, Reading, Row, open_text, read_csv, read_jsonl
+from m3fm.data.tables import BAD_KINDS, BadRow, Reading, Row, open_text, read_csv, read_jsonl, shown
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -99,6 +100,34 @@ def test_table_without_head_tells_of_no_patient(tmp_path):
     with pytest.raises(BadRow, match="got none of them") as caught:
         read(write(tmp_path / "a.csv", "patient00042,68\n"), ("id", "age"))
     assert "patient00042" not in str(caught.value)
+
+
+def test_only_known_names_of_a_head_are_told(tmp_path):
+    # A row stands in the place of the head, one of its cells being called as a column is.
+    with pytest.raises(BadRow, match=r"expected the columns \['id', 'age'\], got \['view'\]$"):
+        read(write(tmp_path / "a.csv", "patient00042,view,Clear lungs.\n"), ("id", "view", "age"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", " , \n1,2\n"])
+def test_a_table_without_any_head_is_refused(tmp_path, text):
+    with pytest.raises(BadRow, match="line 1: expected the names of the columns, got none") as caught:
+        read(write(tmp_path / "a.csv", text), columns=())
+    assert caught.value.kind == "wrong_column"
+
+
+def test_a_field_beyond_the_limit_of_the_csv_module(tmp_path):
+    long = "x" * (csv.field_size_limit() + 1)
+    limit = csv.field_size_limit()
+    for has_long_text in (False, True):
+        path = write(tmp_path / "a.csv", f"id,text\n1,a\n2,{long}\n3,b\n")
+        rows, bad = read(path, has_long_text=has_long_text)
+        assert ([row["id"] for row in rows], bad) == (["1", "3"], {3: "not_a_row"})
+        with pytest.raises(BadRow, match=f"line 3: a field is longer than {limit} characters"):
+            read(path, on_bad="raise", has_long_text=has_long_text)
+    with pytest.raises(BadRow, match=f"line 1: expected the names .* one that is longer than {limit}") as caught:
+        read(write(tmp_path / "head.csv", f"id,{long}\n1,2\n"))
+    assert caught.value.kind == "wrong_column"
+    assert csv.field_size_limit() == limit
 
 
 def test_delimiter_and_quotes(tmp_path):
@@ -223,6 +252,9 @@ def test_jsonl(tmp_path):
         (b'["patient42"]', "not_a_row"),
         (b"null", "not_a_row"),
         (b'{"id": "patient42\xff"}', "bad_encoding"),
+        (b"[" * 200_000, "not_a_row"),
+        (b'{"id": ' + b"[" * 200_000, "not_a_row"),
+        (b'{"id": ' + b"[" * 800 + b"]" * 800 + b"}", "not_a_row"),
     ],
 )
 def test_bad_line_of_jsonl_costs_itself_alone(tmp_path, line, kind):
@@ -252,25 +284,55 @@ def test_text_of_a_row():
         with pytest.raises(BadRow, match=r"table.csv, line 7: column .* must be text") as caught:
             bad.get(next(iter(bad.values)))
         assert caught.value.kind == "bad_value"
-    with pytest.raises(BadRow, match="'a' is missing or empty"):
+    with pytest.raises(BadRow, match="column 'a' is missing or empty$"):
         row(a=" ", b="secret").require("a")
 
 
 def test_number_of_a_row():
     assert [row(a=value).number("a") for value in ("1.5", " 2 ", 3, "-1e2")] == [1.5, 2.0, 3.0, -100.0]
-    assert [row(a=value).number("a") for value in ("", " ", None)] == [None] * 3
+    empty = ("", " ", None, "nan", " NaN ", float("nan"))
+    assert [row(a=value).number("a") for value in empty] == [None] * len(empty)
     assert row().number("a") is None
-    for value in ("x", "nan", "inf", float("nan"), [1], "1,5"):
+    for value in ("x", "inf", float("-inf"), 10**400, [1], "1,5", "nano"):
         with pytest.raises(BadRow, match="must be a number"):
             row(a=value).number("a")
 
 
 def test_nothing_of_a_row_is_shown():
-    shown = row(patient_id="patient42", text="pneumonia")
-    assert "patient42" not in repr(shown) and "pneumonia" not in repr(shown)
+    secret = row(patient_id="patient42", text="pneumonia")
+    assert "patient42" not in repr(secret) and "pneumonia" not in repr(secret)
     with pytest.raises(BadRow) as caught:
-        shown.require("age")
+        secret.require("age")
     assert "patient42" not in str(caught.value) and "pneumonia" not in str(caught.value)
+
+
+def test_names_of_columns_may_be_cells_of_a_table_without_head():
+    with pytest.raises(BadRow) as caught:
+        row(**{"John Smith": "Jane Roe"}).require("age")
+    assert "John" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("Efusion", "'Efusion'"),
+        ("ground glass opacity", "'ground glass opacity'"),
+        ("气胸", "'气胸'"),
+        ("P4711", "a text of 5 characters"),
+        ("患者４", "a text of 3 characters"),
+        ("no sign of effusion", "a text of 19 characters"),
+        ("x" * 31, "a text of 31 characters"),
+    ],
+)
+def test_a_cell_is_shown_where_it_may_be_a_name(value, said):
+    assert shown(value) == said
+
+
+@pytest.mark.parametrize("line", [7, None])
+def test_a_bad_row_comes_whole_out_of_another_process(line):
+    error = BadRow("bad_label", Path("table.csv"), line, "what came")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (BadRow, str(error), vars(error))
 
 
 @pytest.mark.parametrize("kind", BAD_KINDS)

@@ -13,25 +13,26 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ..report_sections import report_from_sections, report_from_text
-from ..report_text import clean_report, repair_characters
-from ..schema import LANGUAGES, MODALITIES, ImageFile, ReportText, StudyRecord
-from ..tables import BadRow, Reading, Row, is_file
+from ..schema import LANGUAGES, MODALITIES, ImageFile, StudyRecord
+from ..tables import BadRow, Reading, Row, is_file, shown
+from .demographics import age_in_years, sex_letter
 from .folder_labels import LABEL_COLUMNS, FolderLabels, LabelSurvey
+from .folder_studies import FolderStudy, RowText, WaitingStudies
 from .folder_tables import (
     TABLES,
     FolderTable,
     RowImage,
     find_tables,
     has_table,
+    is_known,
     names_images,
     near_miss,
+    read_head,
     read_rows,
     row_images,
     split_name,
@@ -51,73 +52,6 @@ _PAPER_NUMBERED = frozenset({"cov_ctr"})
 # medRxiv and bioRxiv numbers, as files taken from preprints are named.
 _PREPRINT = re.compile(r"^\d{4}\.\d{2}\.\d{2}\.\d+")
 _WHOLE_TEXTS = ("report", "reading", "clinical_notes")
-_SEXES = {"m": "M", "male": "M", "男": "M", "f": "F", "female": "F", "女": "F"}
-# DICOM's age strings (PS3.5, table 6.2-1): days, weeks, months, years.
-_AGE = re.compile(r"(\d{1,3})([DWMY])")
-_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
-
-
-@dataclass(frozen=True)
-class RowText:
-    """Hold a report as the row gives it: as a whole, in sections, or both.
-
-    Attributes:
-        language: Its code.
-        whole: The report.
-        findings: The section.
-        impression: The section.
-    """
-
-    language: str
-    whole: str | None
-    findings: str | None
-    impression: str | None
-
-    @cached_property
-    def light(self) -> str:
-        """The text that training and evaluation take from an own folder.
-
-        A report is taken as it was written, with lost characters repaired; sections are joined and cleaned by
-        `clean_report`, as those of Open-i are. May be empty.
-        """
-        if self.whole is not None:
-            return repair_characters(self.whole)
-        return clean_report(" ".join(filter(None, (self.findings, self.impression))))
-
-    def parse(self) -> ReportText | None:
-        """Return the report with its sections, cleaned, the text of the row kept; None where nothing is left."""
-        sections = report_from_sections(self.findings, self.impression, self.language)
-        if self.whole is None:
-            return sections
-        report = report_from_text(self.whole, self.language)
-        if report is None or sections is None:
-            return report
-        return replace(report, findings=sections.findings, impression=sections.impression)
-
-
-@dataclass(frozen=True)
-class FolderStudy:
-    """One study of an own folder.
-
-    Attributes:
-        record: All but its reports.
-        texts: Language code to report; may be empty.
-        examination: The CT that the study is a slice of.
-    """
-
-    record: StudyRecord
-    texts: Mapping[str, RowText] = field(repr=False)
-    examination: str | None = field(repr=False)
-
-    @property
-    def light_reports(self) -> dict[str, str]:
-        """Language code to `RowText.light`, where that is not empty."""
-        return {language: text.light for language, text in self.texts.items() if text.light}
-
-    def with_reports(self) -> StudyRecord:
-        """Return the whole record."""
-        parsed = {language: text.parse() for language, text in self.texts.items()}
-        return replace(self.record, reports={code: report for code, report in parsed.items() if report is not None})
 
 
 def source_name(folder: Path) -> str:
@@ -133,9 +67,9 @@ def read_folder(root: Path, reading: Reading) -> Iterator[FolderStudy]:
     each are a study each; a row that lists them is one.
 
     Args:
-        root: The folder. Its name tells which label names to expect. In a folder of another name the labels used tell
-            which known set it is a part of; where they are no set's, they are canonical, CheXpert's or English names,
-            and a list of labels denies those that other rows name and it does not.
+        root: The folder. Its name tells which label names to expect. In a folder of another name, labels that only
+            one of the known sets uses tell that it is a part of it; else they are canonical, CheXpert's or English
+            names, and a list of labels denies those that other rows name and it does not.
         reading: How bad rows are met.
 
     Raises:
@@ -203,7 +137,7 @@ class _Survey:
         for name, (row, table, columns) in self._columns.items():
             near = self._near_miss(name, columns, table)
             if near is not None:
-                _note(reading, row.bad("wrong_column", f"column {name!r} is not read; did you mean {near!r}?"))
+                _note(reading, row.bad("wrong_column", f"column {shown(name)} is not read; did you mean {near!r}?"))
 
     def _look_at_table(self, table: FolderTable) -> tuple[Row | None, set[str]]:
         columns: set[str] = set()
@@ -217,6 +151,9 @@ class _Survey:
             self._label_survey.add(row)
             with suppress(BadRow):
                 self._look_at_row(row, table)
+        if first is None and table.path.suffix == ".csv":
+            first = read_head(table.path)
+            columns.update(first.values)
         if table.path.suffix in (".csv", ".parquet"):
             self._wide |= dict.fromkeys(first.values if first else ())
         return first, columns
@@ -243,11 +180,11 @@ class _Survey:
         if not missing and "modality" not in columns and self.labels.source not in _FOLDER_MODALITY:
             missing = "modality"
         if missing:
+            # Without a head, the names are cells of the first row: others than those that are known are not told.
             near = [name for name in row.values if self._near_miss(name, columns, table) == missing]
-            hint = f"; did you mean it by {near[0]!r}?" if near else ""
-            raise row.bad(
-                "wrong_column", f"column {missing!r} is missing; the row has {', '.join(sorted(row.values))}{hint}"
-            )
+            hint = f"; did you mean it by {shown(near[0])}?" if near else ""
+            known = ", ".join(sorted(filter(is_known, row.values))) or "none of the known columns"
+            raise row.bad("wrong_column", f"column {missing!r} is missing; the row has {known}{hint}")
 
     def _near_miss(self, name: str, columns: set[str], table: FolderTable) -> str | None:
         if name in LABEL_COLUMNS or name in self.labels.wide:
@@ -274,7 +211,7 @@ def is_view(row: Row, table: FolderTable) -> bool:
 
 def _stem(image: PurePosixPath) -> str:
     name = image.name
-    return name.removesuffix(".nii.gz") if name.endswith(".nii.gz") else image.stem
+    return name.removesuffix(".nii.gz") or name if name.endswith(".nii.gz") else image.stem
 
 
 def _bare_path(image: PurePosixPath) -> str:
@@ -294,13 +231,16 @@ def _note(reading: Reading, problem: BadRow) -> None:
 
 
 class _StudyReader:
-    """Make studies of rows, and keep those that more rows will add to, and those behind them."""
+    """Make studies of rows, and keep those that more rows will add to, and those behind them.
+
+    Studies come in the order of their first rows: where one has rows at both ends of a table, all of it waits.
+    """
 
     def __init__(self, root: Path, survey: _Survey, reading: Reading):
         self.root = root
         self.survey = survey
         self.reading = reading
-        self._waiting: dict[str, FolderStudy] = {}
+        self._waiting = WaitingStudies()
         self._open: set[str] = set()
         self._seen = _Names()
 
@@ -316,10 +256,7 @@ class _StudyReader:
             self.reading.tell(error)
         if study_id is not None:
             self.survey.views[study_id] -= 1
-        while self._waiting:
-            first = next(iter(self._waiting))
-            if self.survey.views[first] > 0:
-                break
+        while (first := self._waiting.first) is not None and self.survey.views[first] <= 0:
             self._open.discard(first)
             del self.survey.views[first]
             yield self._waiting.pop(first)
@@ -328,14 +265,14 @@ class _StudyReader:
         study = self._study(row, table, images)
         study_id = study.record.study_id
         if self._seen.add(study_id):
-            self._waiting[study_id] = study
+            self._waiting.put(study)
             if is_view(row, table):
                 self._open.add(study_id)
             return
         known = self._waiting.get(study_id) if study_id in self._open and is_view(row, table) else None
         if known is None or {each.path for each in known.record.images} & {each.path for each in study.record.images}:
             raise row.bad("duplicate_id", "the study of this row was already given by an earlier line")
-        self._waiting[study_id] = _add_view(known, study, row)
+        self._waiting.put(_add_view(known, study, row))
 
     def _study(self, row: Row, table: FolderTable, images: list[RowImage]) -> FolderStudy:
         modality = self._modality(row)
@@ -358,7 +295,7 @@ class _StudyReader:
             labels=labels,
             findings=findings,
             age=_age(row),
-            sex=_SEXES.get(str(row.values.get("sex")).strip().lower()),
+            sex=sex_letter(str(row.values.get("sex"))),
             split=None if split is None else split_name(split),
             licence=row.get("licence") or row.get("license"),
         )
@@ -367,7 +304,7 @@ class _StudyReader:
     def _modality(self, row: Row) -> str:
         modality = row.get("modality") or _FOLDER_MODALITY.get(self.survey.labels.source) or row.require("modality")
         if modality not in MODALITIES:
-            raise row.bad("bad_value", f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
+            raise row.bad("bad_value", f"modality must be one of {', '.join(MODALITIES)}, got {shown(modality)}")
         return modality
 
     def _patient(self, row: Row, images: list[RowImage]) -> str | None:
@@ -421,16 +358,11 @@ def _texts(row: Row) -> dict[str, RowText]:
 
 
 def _age(row: Row) -> float | None:
-    """Return years: a number, or DICOM's "039Y" or "018M"; None where it is neither, as "40+"."""
-    value = str(row.values.get("age")).strip()
-    coded = _AGE.fullmatch(value)
-    if coded:
-        return int(coded[1]) * _YEARS[coded[2]]
+    """Return years; None where a person wrote what is no age, as "40+" or "Young Child"."""
     try:
-        years = float(value)
+        return age_in_years(str(row.values.get("age")))
     except ValueError:
         return None
-    return years if 0 <= years < float("inf") else None
 
 
 def _read(root: Path, reading: Reading) -> Iterator[StudyRecord]:

@@ -7,6 +7,7 @@ mapping or columns say what is there, what is not and what is uncertain; the res
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
@@ -22,7 +23,7 @@ from ..labels import (
     shared_findings,
 )
 from ..schema import LabelState
-from ..tables import Row
+from ..tables import Row, shown
 
 __all__ = ["LABEL_COLUMNS", "FolderLabels", "LabelSurvey", "finding_of"]
 
@@ -53,20 +54,21 @@ _NEARLY_ALL = 0.8
 States = dict[str, LabelState]
 
 
+@cache
 def finding_of(name: str) -> str | None:
     """Return the finding that a name means: canonical, English, Chinese, CheXpert's or an alias, in any case."""
+    # The names of findings come from a module that reads studies itself.
+    from ...evaluation.label_file import find_finding
+
     try:
-        return _finding_or_raise(name)
+        return find_finding(name).key
     except ValueError:
         return None
 
 
-@cache
-def _finding_or_raise(name: str) -> str:
-    # The names of findings come from a module that reads studies itself.
-    from ...evaluation.label_file import find_finding
-
-    return find_finding(name).key
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, sorted(label_names(_CANONICAL)), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 class LabelSurvey:
@@ -114,16 +116,18 @@ class LabelSurvey:
     def _source(self) -> str:
         """Return the set whose conventions the rows follow: the folder's name, or else the set that has its labels.
 
-        A part of a known set is often kept in a folder of another name. Of several sets that have all the labels
-        used, it is the one with the fewest others. Sets where silence says nothing are passed over; "canonical" where
-        none is left. If some rows fit none of them, they are wrong: it is the set that nearly all fit.
+        A part of a known set is often kept in a folder of another name. It is taken for one where a label used is the
+        set's own: names that any folder may use tell nothing, and what silence means would be made up. Of several
+        sets that have all the labels used, it is the one with the fewest others. Sets where silence says nothing are
+        passed over; "canonical" where none is left. If some rows fit none of them, they are wrong: it is the set that
+        nearly all fit.
         """
         if self.folder_name in (_CANONICAL, *_FOLDER_SOURCES):
             return self.folder_name
         fits = {
             source: self._fitting_rows(source) / max(1, self._named_rows(source))
             for source in (*_FOLDER_SOURCES, _CANONICAL)
-            if source == _CANONICAL or canonical_findings((), source)
+            if source == _CANONICAL or (canonical_findings((), source) and self._uses_own_label(source))
         }
         for share in (1.0, _NEARLY_ALL):
             fitting = [(len(label_names(each)), each) for each in fits if each != _CANONICAL and fits[each] >= share]
@@ -132,6 +136,14 @@ class LabelSurvey:
             if fits[_CANONICAL] == 1.0:
                 break
         return _CANONICAL
+
+    def _uses_own_label(self, source: str) -> bool:
+        """Tell whether rows use a label of the set's own, in any case of letters, or the set has its own column."""
+        if label_column(source) != label_column(_CANONICAL):
+            return True
+        common = {name.casefold() for name in label_names(_CANONICAL)}
+        own = {name for name in label_names(source) if name.casefold() not in common}
+        return any(names & own for names in self.named[label_column(source)])
 
     def _named_rows(self, source: str) -> int:
         return sum(count for names, count in self.named[label_column(source)].items() if names)
@@ -207,11 +219,13 @@ class FolderLabels:
         own: States = {}
         stated: dict[str, set[LabelState]] = {}
         for name, cell in labels.items():
+            finding = finding_of(name)
+            if finding is None:
+                raise row.bad("bad_label", f"expected the name of a finding, got {shown(name)}{_nearest(name)}")
             try:
-                finding = _finding_or_raise(name)
                 own[name] = cell_state(cell)
             except ValueError as error:
-                raise row.bad("bad_label", f"label {name!r}: {error}") from None
+                raise row.bad("bad_label", f"label {shown(name)}: {error}") from None
             stated.setdefault(finding, set()).add(own[name])
         # All names of a finding say the same, so that none is left open.
         told = {name: max(stated[f], key=_WEIGHT.index) for f in stated for name in _synonyms(f)}

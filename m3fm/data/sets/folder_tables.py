@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -22,8 +23,10 @@ __all__ = [
     "RowImage",
     "find_tables",
     "has_table",
+    "is_known",
     "names_images",
     "near_miss",
+    "read_head",
     "read_own_csv",
     "read_rows",
     "row_images",
@@ -61,6 +64,8 @@ _NEAR = 0.81
 _PARQUET_ROWS = 1000
 # Lines that are not ASCII, after which the encoding of a table is clear.
 _TOLD_LINES = 200
+# Share of all lines: fewer are rows in a wrong encoding.
+_CHINESE_SHARE = 0.25
 _CHINESE_WORD = re.compile("[\u4e00-\u9fff]{2}")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -147,6 +152,8 @@ def read_rows(table: FolderTable, label_columns: Collection[str], reading: Readi
 def read_own_csv(path: Path, reading: Reading, columns: Sequence[str] = ()) -> Iterator[Row]:
     """Read a CSV file as users make them, streaming; what programs for tables do to it is told by its name.
 
+    A few rows in another encoding are bad rows like others.
+
     Args:
         path: The file.
         reading: How bad rows are met.
@@ -158,6 +165,13 @@ def read_own_csv(path: Path, reading: Reading, columns: Sequence[str] = ()) -> I
     _check_encoding(path)
     _check_delimiter(path)
     yield from read_csv(path, columns, reading, has_long_text=True)
+
+
+def read_head(path: Path) -> Row:
+    """Return the first line of a CSV file as a row whose columns have no values."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file), ())
+    return Row(path, 1, {name.strip(): None for name in names if name.strip()})
 
 
 def _as_lists(values: dict, label_columns: Collection[str]) -> dict:
@@ -193,19 +207,20 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _check_encoding(path: Path) -> None:
     """Refuse a table that as a whole is in another encoding; single wrong rows are left to the reading of rows."""
-    told, chinese = 0, 0
+    lines, told, chinese = 0, 0, 0
     with open(path, "rb") as file:
         if file.read(2) in _UTF_16:
             raise BadRow("bad_encoding", path, None, "is UTF-16, expected UTF-8: save it as 'CSV UTF-8'")
         file.seek(0)
         for line in file:
+            lines += not line.isspace()
             if line.isascii():
                 continue
             told += 1
             chinese += _is_chinese_code(line)
             if told == _TOLD_LINES:
                 break
-    if 2 * chinese > told:
+    if 2 * chinese > told and chinese > _CHINESE_SHARE * lines:
         raise BadRow(
             "bad_encoding",
             path,
@@ -298,12 +313,19 @@ def _view(view: str | None) -> str | None:
 def _inside(row: Row, table: FolderTable, name: str) -> PurePosixPath:
     """Return the path relative to the own folder; one that leads out of it could bring any file into a data set."""
     path = PurePosixPath(name)
+    if not path.name:
+        raise row.bad("bad_value", "expected the name of an image file, got that of the folder")
     if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:|\\", name):
         raise row.bad(
             "bad_value",
             "file names must be relative and stay in the folder; put the images, or links to them, into it",
         )
     return table.folder / path
+
+
+def is_known(column: str) -> bool:
+    """Tell whether a column of this name is read in some folder, so that the name is none that a row gave."""
+    return column in (_FILE, *FILE_LISTS, *_COLUMNS) or column in _OTHER_COLUMNS
 
 
 def near_miss(column: str, columns: Collection[str], table: FolderTable) -> str | None:

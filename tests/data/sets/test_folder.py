@@ -79,7 +79,22 @@ def test_a_row_becomes_a_record_with_all_that_it_says(tmp_path):
 
 @pytest.mark.parametrize(
     ("age", "years"),
-    [("57", 57.0), (57, 57.0), ("018M", 1.5), ("40+", None), ("Young Child", None), (None, None), ("-1", None)],
+    [
+        ("121", None),
+        (400, None),
+        ("39岁", 39.0),
+        ("6个月", 0.5),
+        ("nan", None),
+        (True, None),
+        (57.5, 57.5),
+        ("57", 57.0),
+        (57, 57.0),
+        ("018M", 1.5),
+        ("40+", None),
+        ("Young Child", None),
+        (None, None),
+        ("-1", None),
+    ],
 )
 def test_ages(tmp_path, age, years):
     folder = write_folder(tmp_path, [{"file_name": "a.png", "modality": "cxr", "age": age}])
@@ -159,6 +174,25 @@ def test_studies_come_as_soon_as_they_are_complete(tmp_path):
     assert [len(next(records).images) for _ in range(50)] == [2] * 50
     with pytest.raises(BadRow, match="line 101"):
         next(records)
+
+
+def test_studies_that_wait_lose_nothing(tmp_path):
+    rows = [
+        {
+            "file_name": f"{n}_{view}.png", "modality": "cxr", "study_id": f"s{n}", "view": view, "age": n / 7,
+            "sex": "F", "labels": {"Edema": n % 2, "mass": None}, "doi": f"10.1/{n}", "split": "val",
+            "report_zh": "双肺清晰。", "findings_en": "Clear lungs.", "impression_en": "Normal.", "licence": "CC0",
+        }
+        for n in range(9)
+        for view in ("PA", "LATERAL")
+    ]  # fmt: skip
+    expected = {record.study_id: record for record in read(write_folder(tmp_path, rows))[0]}
+    # The second views far from the first, and a study in the first and the last row.
+    scattered = rows[::2] + rows[3::2] + rows[1:2]
+    records = read(write_folder(tmp_path, scattered))[0]
+    assert [record.study_id for record in records] == [f"s{n}" for n in range(9)]
+    assert all(record == expected[record.study_id] for record in records)
+    assert load_studies(tmp_path / "mine")[3].reports == {"en": "Clear lungs. Normal.", "zh": "双肺清晰。"}
 
 
 def test_slices_of_a_ct_are_grouped(tmp_path):
@@ -290,10 +324,27 @@ def test_one_wrong_label_does_not_change_whose_labels_they_are(tmp_path):
     records, reading = read(write_folder(tmp_path, rows), on_bad="skip")
     assert [record.findings["covid_19"] for record in records] == [POSITIVE, NEGATIVE] * 2 + [NEGATIVE, POSITIVE] * 2
     assert reading.counts == {("metadata.jsonl", "bad_label"): 1}
-    assert (
-        "line 5: expected a label of cov_ctr, got a text of 7 characters; the nearest it has is 'COVID-19'"
-        in reading.summary()
-    )
+    said = "line 5: expected a label of cov_ctr, got a text of 7 characters; the nearest it has is 'COVID-19'"
+    assert said in reading.summary()
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ([["Pneumonia"], ["Edema"]], {"pneumonia", "edema"}),
+        ([["Cardiomegaly"], ["Nodule", "Mass"], ["Hernia"]], {"cardiomegaly", "nodule", "mass", "hernia"}),
+        ([["No Finding"], ["Tuberculosis"]], {"tuberculosis"}),
+    ],
+)
+def test_names_that_any_folder_may_use_make_it_no_part_of_a_set(tmp_path, labels, named):
+    rows = [{"file_name": f"{i}.png", "modality": "cxr", "labels": each} for i, each in enumerate(labels)]
+    for record in read(write_folder(tmp_path, rows))[0]:
+        assert set(record.findings) - {"no_finding"} == named
+    # A name of NIH's own tells whose labels they are; so does the folder's name.
+    own = [*rows, {"file_name": "own.png", "modality": "cxr", "labels": ["Pleural_Thickening", "Effusion"]}]
+    if "Tuberculosis" not in str(labels):
+        assert all(len(r.labels) >= 14 for r in read(write_folder(tmp_path, own, name="other"))[0])
+        assert all(len(r.labels) >= 14 for r in read(write_folder(tmp_path, rows, name="nih_chestxray14_sample"))[0])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,6 +374,13 @@ BAD = {
     "bad_value 10": {"file_name": "v9.png", "study_id": "v", "patient_id": SECRET},
     "bad_value 11": {"file_name": None},
     "bad_value 12": {"file_name": "n4.png", "study_id": ["v"]},
+    "bad_value 13": {"file_name": "."},
+    "bad_value 14": {"file_name": None, "images": ["n5.png", "./."]},
+    "bad_value 15": {"modality": f"chest {SECRET}, clear lungs"},
+    "bad_label 6": {"labels": [f"{SECRET}: clear lungs, no effusion"]},
+    "bad_label 7": {"labels": {f"{SECRET}: clear lungs, no effusion": 1}},
+    "bad_label 8": {"labels": {"Edema": SECRET}},
+    "not_a_row": "[" * 200_000,
 }
 
 
@@ -339,8 +397,11 @@ def good_rows():
 def test_bad_rows_are_named_and_cost_no_good_one(tmp_path, name):
     rows = good_rows()
     expected = read(write_folder(tmp_path / "good", rows))[0]
-    rows.insert(50, {"file_name": "n3.png", "modality": "cxr", "patient_id": SECRET} | BAD[name])
-    never = (f"{SECRET}/gone.png", "word " * 1000, "a\0.png", "/etc/hosts", "C:\\images\\a.png", 2)
+    bad = BAD[name]
+    if isinstance(bad, dict):
+        bad = {"file_name": "n3.png", "modality": "cxr", "patient_id": SECRET} | bad
+    rows.insert(50, bad)
+    never = (f"{SECRET}/gone.png", "word " * 1000, "a\0.png", "/etc/hosts", "C:\\images\\a.png", 2, ".", "./.")
     folder = write_folder(tmp_path / "bad", rows, missing=never)
     kind = name.partition(" ")[0]
     with pytest.raises(BadRow, match=r"metadata\.jsonl, line 51: ") as error:
@@ -469,6 +530,22 @@ def test_one_row_of_broken_bytes_costs_itself(tmp_path):
         read(folder)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_rows_in_gbk_cost_themselves(tmp_path, number, table):
+    rows = [{"file_name": f"{i}.png", "modality": "cxr", "report_zh": "Clear lungs."} for i in range(30)]
+    folder = write_folder(tmp_path, rows, table)
+    lines = (folder / table).read_bytes().splitlines(keepends=True)
+    for place in range(10, 10 + number):
+        lines[place] = lines[place].replace(b"Clear lungs.", "肺部正常".encode("gbk"))
+    (folder / table).write_bytes(b"".join(lines))
+    records, reading = read(folder, on_bad="skip")
+    assert len(records) == 30 - number
+    assert reading.counts == {(table, "bad_encoding"): number}
+    with pytest.raises(BadRow, match="line 11: expected"):
+        read(folder)
+
+
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_other_delimiters_are_told(tmp_path, delimiter, name):
     (tmp_path / "metadata.csv").write_text(delimiter.join(["file_name", "modality"]) + "\n")
@@ -488,7 +565,39 @@ def test_an_empty_table_has_no_studies(tmp_path):
     (tmp_path / "metadata.jsonl").touch()
     assert read(tmp_path)[0] == []
     (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata.csv")
+    (tmp_path / "metadata.csv").write_text("file_name,modality\n")
     assert read(tmp_path)[0] == []
+
+
+@pytest.mark.parametrize("on_bad", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: expected the names of the columns, got none"),
+        ("\n\n", "line 1: expected the names of the columns, got none"),
+        (
+            f"a.png,cxr,John Smith,{SECRET},Clear lungs.\n",
+            "line 1: column 'file_name' is missing; the row has none of the known columns$",
+        ),
+        (
+            f"a.png,cxr,John Smith,{SECRET},Clear lungs.\nb.png,ct,Jane Roe,{SECRET},Mass.\n",
+            "line 2: column 'file_name' is missing; the row has none of the known columns$",
+        ),
+        (f"file_name,John Smith {SECRET}\na.png,x\n", "line 2: column 'modality' is missing; the row has file_name$"),
+    ],
+)
+def test_a_csv_table_without_head_is_refused_and_tells_of_no_patient(tmp_path, text, message, on_bad):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(BadRow, match=message) as error:
+        read(tmp_path, on_bad=on_bad)
+    assert error.value.kind == "wrong_column"
+    assert all(secret not in str(error.value) for secret in (SECRET, "Smith", "Clear", "a.png"))
+
+
+def test_keys_of_json_rows_are_told_where_they_are_known(tmp_path):
+    folder = write_folder(tmp_path, [{"study_id": "1", "John Smith": "x", "patient_id": "2"}])
+    with pytest.raises(BadRow, match="column 'file_name' is missing; the row has patient_id, study_id$"):
+        read(folder)
 
 
 def test_the_first_table_counts(tmp_path):
