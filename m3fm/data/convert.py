@@ -77,15 +77,7 @@ def convert_set(
     if pseudonyms is not None and store.mode == "paths":
         raise ValueError("pseudonyms need images='bytes': paths may name patients")
     _check_apart(output, opened.root)
-    settings = {
-        "set": opened.set.name,
-        "split": opened.split,
-        "images": store.mode,
-        "size": store.size,
-        "parts": None if parts is None else _digest(f"{study}\t{part}" for study, part in sorted(parts.items())),
-        "pseudonyms": None if pseudonyms is None else pseudonyms.fingerprint,
-    }
-    manifest = _open_manifest(output, settings, resume)
+    manifest = _open_manifest(output, _settings(opened, store, parts, pseudonyms), resume)
     writer = _ShardWriter(output, manifest, shard_bytes)
     with tqdm(desc=f"convert {opened.set.name}", unit="study") as bar:
         records = writer.skip_written(_distinct(_with_parts(opened, parts), opened), bar)
@@ -104,6 +96,20 @@ def convert_set(
     manifest.save(output)
     (output / "README.md").write_text(data_card(opened.set, manifest.as_dict()), encoding="utf-8")
     return manifest.as_dict()
+
+
+def _settings(
+    opened: OpenSet, store: ImageStore, parts: SplitDocument | None, pseudonyms: Pseudonyms | None
+) -> dict[str, Any]:
+    """Return what makes another output."""
+    return {
+        "set": opened.set.name,
+        "split": opened.split,
+        "images": store.mode,
+        "size": store.size,
+        "parts": None if parts is None else _digest(f"{study}\t{part}" for study, part in sorted(parts.items())),
+        "pseudonyms": None if pseudonyms is None else pseudonyms.fingerprint,
+    }
 
 
 def _check_apart(output: Path, root: Path) -> None:
@@ -167,8 +173,8 @@ class _Manifest:
 
     Attributes:
         settings: Those that make another output.
-        shards: A row each: file, part, its number in the part, rows, studies (rows and those passed over), digest of the
-            study ids, rows by modality and by language of their text.
+        shards: A row each: file, part, its number in the part, rows, studies (rows and those passed over), digest of
+            the study ids, rows by modality and by language of their text.
         bad_rows: Counts by kind.
         complete: Whether all is written.
     """

@@ -30,6 +30,7 @@ GROUP = "group"
 _PART_ORDER = ("train", "validation", "test")
 # Marks that mean the same in every set; others ("study:12", "article:...") are names within one.
 _GLOBAL_MARKS = ("doi:", "url:")
+_NAMES = {"patient": "patient", "document": "source document"}
 _TITLES = {
     "patient": "patients",
     "document": "source documents",
@@ -66,18 +67,21 @@ class LeakReport:
     Attributes:
         sizes: Part to studies.
         shared: For each pair of parts and each kind, what they share.
-        looked_at_images: Whether images were compared.
+        known: Of how many studies the patient and a source document are told, and an image was compared: by kind. What
+            is not known is not compared.
+        looked_at_images: Whether images were to be compared.
         unreadable_images: Images that could not be.
     """
 
     sizes: Mapping[str, int]
     shared: tuple[SharedMarks, ...]
+    known: Mapping[str, int]
     looked_at_images: bool
     unreadable_images: int = 0
 
     @property
     def is_clean(self) -> bool:
-        """Tell whether no two parts share a patient, a document or a near-duplicate image."""
+        """Tell whether no two parts share a patient, a document or a near-duplicate image, as far as is known."""
         return not any(each.shared for each in self.shared if each.kind in LEAK_KINDS)
 
     def of(self, kind: str, first: str, second: str) -> SharedMarks:
@@ -96,6 +100,7 @@ class LeakReport:
         return {
             "studies": dict(self.sizes),
             "is_clean": self.is_clean,
+            "known": dict(self.known),
             "looked_at_images": self.looked_at_images,
             "unreadable_images": self.unreadable_images,
             "shared": [
@@ -144,9 +149,22 @@ class LeakReport:
                     f"{each.parts[smaller]} ({100 * self._share(each):.0f} %) share a patient, a source document or a "
                     f"near-duplicate image with {each.parts[1 - smaller]}."
                 )
-        if self.is_clean:
-            images = ", and no near-duplicate image" if self.looked_at_images else "; images were not compared"
-            lines.append(f"No two parts share a patient or a source document{images}.")
+        compared = [_TITLES[kind] for kind in LEAK_KINDS if self.known[kind]]
+        if self.is_clean and compared:
+            lines.append(f"No two parts share any of: {', '.join(compared)}.")
+        return lines + self._gaps()
+
+    def _gaps(self) -> list[str]:
+        """Say what was not compared: silence of a set is no proof."""
+        studies = sum(self.sizes.values())
+        lines = []
+        for kind in LEAK_KINDS:
+            if kind == "image" and not self.looked_at_images:
+                lines.append("Images were not compared.")
+            elif self.known[kind] < studies:
+                told = "an image that could be compared" if kind == "image" else f"a {_NAMES[kind]}"
+                known = f"{self.known[kind]:,} of {studies:,} studies"
+                lines.append(f"{known} have {told}; of the others nothing is known.")
         return lines
 
     def _table(self) -> list[str]:
@@ -190,6 +208,7 @@ class _Member:
     study_id: str
     part: str
     marks: Mapping[str, tuple[str, ...]]
+    known: frozenset[str]
     texts: Mapping[str, bytes]
 
 
@@ -240,11 +259,15 @@ def find_leaks(
         The counts; what is shared by whom is in `SharedMarks.members`.
 
     Raises:
-        ValueError: If no study has a part.
+        ValueError: If no study has a part, or parts are given for studies of several sets, whose ids may be the same.
     """
-    members = [
-        _member(record, parts, hashes, by_source) for record in records if parts is None or record.study_id in parts
-    ]
+    members, sources = [], set()
+    for record in records:
+        sources.add(record.source)
+        if parts is not None and len(sources) > 1:
+            raise ValueError(f"parts by study id go with one set, got {len(sources)} of them: set each record's split")
+        if parts is None or record.study_id in parts:
+            members.append(_member(record, parts, hashes, by_source))
     if not members:
         raise ValueError("expected studies to compare, got none that has a part")
     # A study without a mark is a group of its own.
@@ -272,7 +295,8 @@ def find_leaks(
         for kind, marks in kinds.items():
             shared.append(_shared(kind, pair, _in_both(marks, pair), grouped, members))
     unreadable = 0 if hashes is None else len(hashes.images.unreadable)
-    return LeakReport({part: sizes[part] for part in order}, tuple(shared), hashes is not None, unreadable)
+    known = {kind: sum(kind in member.known for member in members) for kind in LEAK_KINDS}
+    return LeakReport({part: sizes[part] for part in order}, tuple(shared), known, hashes is not None, unreadable)
 
 
 def _member(
@@ -286,7 +310,11 @@ def _member(
         if (report.raw or report.text).strip()
     }
     name = f"{record.source}: {part}" if by_source else part
-    return _Member(record.study_id, name, study_marks(record, images), texts)
+    marks = study_marks(record, images)
+    known = {kind for kind in LEAK_KINDS if marks[kind]}
+    if hashes is not None and (record.source, record.study_id) in hashes.compared:
+        known.add("image")
+    return _Member(record.study_id, name, marks, frozenset(known), texts)
 
 
 def _part_order(part: str) -> tuple[str, int, str]:

@@ -234,6 +234,12 @@ class RecordHashes:
         return near_duplicates(self.images)
 
     @cached_property
+    def compared(self) -> frozenset[tuple[str, str]]:
+        """Source and study id of the studies with an image that could be compared: readable, and not blank."""
+        shown = self.images.owners[~self.images.entries["is_blank"]] if self.images.count else ()
+        return frozenset(self.studies[int(place)] for place in shown)
+
+    @cached_property
     def marks(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Source and study id to the groups of its near-duplicate images; studies without any are left out.
 

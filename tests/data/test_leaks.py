@@ -3,6 +3,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,26 @@ def test_summary_is_loud_and_shows_no_id() -> None:
 def test_clean_parts_say_so_and_whether_images_were_compared() -> None:
     report = find_leaks([study("a", "train", patient_id="1"), study("b", "test", patient_id="2")])
     assert report.is_clean
-    assert "images were not compared" in report.summary()
+    assert "No two parts share any of: patients." in report.summary()
+    assert "0 of 2 studies have a source document; of the others nothing is known." in report.summary()
+    assert "Images were not compared." in report.summary()
     with pytest.raises(KeyError):
         report.of("image", "train", "test")
+
+
+def test_what_a_set_does_not_tell_is_not_said_to_be_clean() -> None:
+    silent = find_leaks([study("a", "train"), study("b", "test")])
+    assert "No two parts share" not in silent.summary()
+    assert "0 of 2 studies have a patient" in silent.summary()
+    assert silent.as_dict()["known"] == {"patient": 0, "document": 0, "image": 0}
+    partly = find_leaks([study("a", "train", patient_id="1"), study("b", "test")])
+    assert "1 of 2 studies have a patient; of the others nothing is known." in partly.summary()
+
+
+def test_parts_by_id_go_with_one_set() -> None:
+    records = [study("1", None), replace(study("1", None), source="other")]
+    with pytest.raises(ValueError, match="parts by study id go with one set, got 2 of them"):
+        find_leaks(records, {"1": "train"})
 
 
 def test_one_part_has_nothing_to_compare() -> None:

@@ -47,7 +47,12 @@ class TranslationCache:
             self._database = sqlite3.connect(self.path or ":memory:", timeout=_WAIT_SECONDS)
             self._prepare()
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path}: expected a cache of translations, got {type(error).__name__}") from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: sqlite3.DatabaseError) -> ValueError:
+        if isinstance(error, sqlite3.OperationalError):
+            return ValueError(f"{self.path}: the cache of translations is in use by another process, or not writable")
+        return ValueError(f"{self.path}: expected a cache of translations, got {type(error).__name__}")
 
     def _prepare(self) -> None:
         known = self._database.execute("PRAGMA application_id").fetchone()[0]
@@ -95,11 +100,11 @@ class TranslationCache:
         for start in range(0, len(order), _MAX_PARAMETERS):
             part = order[start : start + _MAX_PARAMETERS]
             marks = ",".join("?" * len(part))
-            rows = self._database.execute(
-                f"SELECT key, translation FROM translations WHERE key IN ({marks})",
-                part,
-            )
-            found.update({keys[key]: translation for key, translation in rows})
+            query = f"SELECT key, translation FROM translations WHERE key IN ({marks})"
+            try:
+                found.update({keys[key]: text for key, text in self._database.execute(query, part)})
+            except sqlite3.DatabaseError as error:
+                raise self._failed(error) from None
         return found
 
     def add(self, translations: Mapping[str, str], translator: str, source: str, target: str) -> None:
@@ -108,8 +113,11 @@ class TranslationCache:
             (_key(translator, source, target, text), translator, source, target, text, translation)
             for text, translation in translations.items()
         ]
-        with self._database:
-            self._database.executemany("INSERT OR REPLACE INTO translations VALUES (?, ?, ?, ?, ?, ?)", rows)
+        try:
+            with self._database:
+                self._database.executemany("INSERT OR REPLACE INTO translations VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.DatabaseError as error:
+            raise self._failed(error) from None
 
 
 def _key(translator: str, source: str, target: str, text: str) -> bytes:

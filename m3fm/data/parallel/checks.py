@@ -282,9 +282,9 @@ class PairChecker:
             texts: Language code to text, in both languages.
 
         Raises:
-            ValueError: If a language is missing.
+            ValueError: If a language is missing, or what it has is no text.
         """
-        if set(texts) != set(LANGUAGES):
+        if set(texts) != set(LANGUAGES) or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"expected texts in {', '.join(LANGUAGES)}, got {', '.join(texts) or 'none'}")
         facts = {language: self._facts(texts[language], language) for language in LANGUAGES}
         if empty := list(_empty(facts)):

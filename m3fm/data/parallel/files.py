@@ -16,7 +16,7 @@ from ..tables import Reading
 from .cache import TranslationCache
 from .checks import KINDS, CheckReport, Difference, PairChecker
 from .pairs import ParallelText, open_output, read_corpus, write_pairs
-from .translate import translate_corpus
+from .translate import UNITS, translate_corpus
 from .translators import Translate, load_translator
 
 __all__ = ["check_pairs_file", "translate_files"]
@@ -66,6 +66,10 @@ def translate_files(
     _check_paths(path, output, cache, rejected)
     named = load_translator(translator) if isinstance(translator, str) else translator
     reading = Reading(on_bad, images="unchecked")
+    if target not in LANGUAGES or unit not in UNITS:
+        raise ValueError(f"expected a target of {LANGUAGES} and a unit of {UNITS}, got {target!r} and {unit!r}")
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such data set or file")
     source = [language for language in LANGUAGES if language != target]
     with TranslationCache(cache) as kept, _rejects(rejected) as reject:
         run = translate_corpus(
@@ -126,6 +130,8 @@ def check_pairs_file(
                 pass
         else:
             write_pairs(accepted, passing())
+    if not report.accepted + report.rejected:
+        raise ValueError(f"{path}: no text in both languages to check. {reading.summary()}".strip())
     return {**report.as_dict(), "table": report.table(), **_bad_rows(reading)}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..schema import LANGUAGES, StudyRecord
+from ..tables import is_unicode
 from .cache import TranslationCache
 from .check_rules import load_rules
 from .checks import CheckReport, Difference, PairChecker
@@ -106,6 +107,8 @@ def _translated(translator: Translator, batch: list[str], done: int, total: int,
     for text in result:
         if not isinstance(text, str):
             raise TranslationError(f"{where}: expected texts, got {type(text).__name__}")
+        if not is_unicode(text):
+            raise TranslationError(f"{where}: expected Unicode, got half of a surrogate pair")
     return [" ".join(text.split()) for text in result]
 
 

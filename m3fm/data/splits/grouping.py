@@ -153,27 +153,35 @@ def grouped_split(
     if len(set(ids)) < len(ids):
         raise ValueError(f"expected each study once, got {len(ids) - len(set(ids))} study ids again")
     groups: dict[str, list[int]] = {}
-    keys = _stable_keys(group_keys(marks), ids)
-    for number, key in enumerate(keys):
+    for number, key in enumerate(_stable_keys(group_keys(marks), ids)):
         groups.setdefault(key, []).append(number)
+    parts = _filled(groups, strata, fractions, seed)
+    if empty := [part for part in fractions if not parts[part]]:
+        raise ValueError(
+            f"{len(ids)} studies in {len(groups)} groups that must stay together are too few for these parts: "
+            f"{', '.join(empty)} would be empty"
+        )
+    return {part: sorted(ids[number] for number in parts[part]) for part in fractions}
+
+
+def _filled(
+    groups: Mapping[str, Sequence[int]], strata: Sequence[Strata], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[int]]:
+    """Fill the parts with groups, the smallest part first; the largest takes what is left."""
+    left = dict(groups)
     total = Counter(stratum for each in strata for stratum in each)
     rest = max(fractions, key=lambda part: fractions[part])
     parts = {}
     for part in sorted(fractions, key=lambda part: (part == rest, fractions[part], part)):
-        names = list(groups)
+        names = list(left)
         if part != rest:
             wanted = {stratum: fractions[part] * count for stratum, count in total.items()}
-            open_groups = {name: [strata[number] for number in numbers] for name, numbers in groups.items()}
-            size = fractions[part] * len(ids)
+            open_groups = {name: [strata[number] for number in numbers] for name, numbers in left.items()}
+            size = fractions[part] * len(strata)
             names = choose_groups(open_groups, wanted, size, seed)
             names = balance_groups(open_groups, names, wanted, size, seed)
-        parts[part] = sorted(ids[number] for name in names for number in groups.pop(name))
-    if empty := [part for part in fractions if not parts[part]]:
-        raise ValueError(
-            f"{len(ids)} studies in {len(set(keys))} groups that must stay together are too few for these parts: "
-            f"{', '.join(empty)} would be empty"
-        )
-    return {part: parts[part] for part in fractions}
+        parts[part] = [number for name in names for number in left.pop(name)]
+    return parts
 
 
 def named_fractions(shares: Sequence[float]) -> dict[str, float]:

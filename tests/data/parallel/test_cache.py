@@ -70,3 +70,26 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in a folder that exists"):
         TranslationCache(tmp_path / "none" / "cache.sqlite")
     assert text.read_bytes() == before
+
+
+def test_damage_inside_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    with TranslationCache(path) as cache:
+        cache.add({f"Text {number}.": "译文。" * 200 for number in range(200)}, "a", "en", "zh")
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"\xab" * (len(content) - 8192)
+    path.write_bytes(content)
+    with TranslationCache(path) as cache, pytest.raises(ValueError, match=r"cache\.sqlite: expected a cache"):
+        cache.find([f"Text {number}." for number in range(200)], "a", "en", "zh")
+
+
+def test_a_file_in_use_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3fm.data.parallel.cache._WAIT_SECONDS", 0.05)
+    path = tmp_path / "cache.sqlite"
+    TranslationCache(path).close()
+    holder = sqlite3.connect(path)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ValueError, match="in use by another process"):
+        TranslationCache(path).add({"a": "b"}, "a", "en", "zh")
+    holder.rollback()
+    holder.close()

@@ -122,3 +122,21 @@ def test_check(tmp_path: Path) -> None:
     assert len(rejected.read_text(encoding="utf-8").splitlines()) == 1
     assert counts["table"].startswith("| |")
     assert check_pairs_file(path, on_bad="skip", progress=False)["accepted"] == 1
+
+
+def test_wrong_requests_leave_nothing_behind(tmp_path: Path, reports: Path) -> None:
+    output = tmp_path / "pairs.jsonl"
+    for path, target, unit, message in (
+        (reports, "fr", "sentence", "expected a target of"),
+        (reports, "zh", "word", "and a unit of"),
+        (tmp_path / "gone", "zh", "sentence", "no such data set or file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            translate_files(path, "builtins:list", output, target, unit=unit, progress=False)
+    assert not list(tmp_path.glob("*.sqlite"))
+
+
+def test_nothing_to_check_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="no text in both languages to check"):
+        check_pairs_file(tmp_path / "pairs.jsonl", progress=False)
