@@ -66,10 +66,7 @@ def translate_files(
     _check_paths(path, output, cache, rejected)
     named = load_translator(translator) if isinstance(translator, str) else translator
     reading = Reading(on_bad, images="unchecked")
-    if target not in LANGUAGES or unit not in UNITS:
-        raise ValueError(f"expected a target of {LANGUAGES} and a unit of {UNITS}, got {target!r} and {unit!r}")
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such data set or file")
+    _check_request(path, target, unit)
     source = [language for language in LANGUAGES if language != target]
     with TranslationCache(cache) as kept, _rejects(rejected) as reject:
         run = translate_corpus(
@@ -137,6 +134,14 @@ def check_pairs_file(
 
 def _bad_rows(reading: Reading) -> dict[str, Any]:
     return {"bad_rows": sum(reading.counts.values()), "bad_row_summary": reading.summary()}
+
+
+def _check_request(path: str | Path, target: str, unit: str) -> None:
+    """Check what is asked for before a cache is made."""
+    if target not in LANGUAGES or unit not in UNITS:
+        raise ValueError(f"expected a target of {LANGUAGES} and a unit of {UNITS}, got {target!r} and {unit!r}")
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such data set or file")
 
 
 def _check_paths(*paths: str | Path | None) -> None:
