@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,19 @@ def read_alone(folder: Path, name: str) -> dict[str, Any]:
         "memory_mb": memory,
         "bad_rows": opened.reading.counts.total(),
         "counts": {what: counts[what] for what in COUNTED},
-        "published": {what: opened.set.published[what] for what in COUNTED if what in opened.set.published},
+        "published": compare_published(opened.set.published, counts),
     }
+
+
+def compare_published(published: Mapping[str, int], counts: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the counts that the publishers state and those found: of all parts, or of one that is here."""
+    compared = {}
+    for name, count in published.items():
+        part, _, what = name.rpartition("_")
+        here = counts.get(name) if name in COUNTED else counts["parts"].get(part, {}).get(what)
+        if here is not None:
+            compared[name.replace("_", " ")] = [count, here]
+    return compared
 
 
 def memory_mb(name: str) -> float:
@@ -192,12 +204,13 @@ def render(results: dict[str, Any]) -> str:
     lines = [head]
     for name, result in results.items():
         counts, published, broken = result["counts"], result["published"], result.get("one_percent_bad")
-        differing = [f"{what}: {published[what]:,}" for what in published if published[what] != counts[what]]
+        equal = [name for name, (stated, here) in published.items() if stated == here]
+        other = [f"{name} ({stated:,})" for name, (stated, here) in published.items() if stated != here]
         lines.append(
             [
                 name + (" (made up)" if name == "mimic_cxr" else ""),
                 *(f"{counts[what]:,}" if counts[what] else "–" for what in COUNTED),
-                "; ".join(differing) or ("yes" if published else "–"),
+                "; not ".join(filter(None, [", ".join(equal) or "–", ", ".join(other)])),
                 f"{result['studies_per_second']:,.0f}",
                 f"{result['memory_mb']:.0f}",
                 f"{broken['told']:,} of {broken['broken']:,}" if broken else "–",
