@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,13 @@ class Strengths:
         """Check the ranges.
 
         Raises:
-            ValueError: If a strength is negative, or so large that nothing of the image would be left.
+            ValueError: If a strength is no number, negative, or so large that nothing of the image would be left.
         """
         most = {"rotation": 45.0, "noise": 0.5, "blur": 8.0}
         for each in fields(self):
             value = getattr(self, each.name)
             limit = most.get(each.name, 1.0 if each.name in ("jpeg", "slices", "mirror", "gamma") else 0.9)
-            if not 0 <= value <= limit:
+            if not isinstance(value, Real) or not 0 <= value <= limit:
                 raise ValueError(f"Strengths.{each.name}: got {value!r}, expected 0 to {limit:g}")
 
 

@@ -8,6 +8,7 @@ A collator has two parts, the images of a batch and what the model is told besid
 Letters: B studies, T tokens, L findings, P places of the image in a prompt.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -43,6 +44,9 @@ class StudyCollator:
     collator = StudyCollator(pixels, ReportTexts(processor.tokenizer, model.config, language="zh"))
     ```
 
+    What is drawn hangs on the epoch. `ResumableLoader`, `StreamLoader` and `FeedTrainer` tell it; with plain `Trainer`
+    and `DataLoader` call `set_epoch` before each epoch, as from a callback: else each epoch draws the same.
+
     Args:
         images: `StudyPixels`, or `CachedTokens` of a frozen tower.
         targets: `ReportTexts`, `PairedTexts` or `FindingLabels`.
@@ -53,8 +57,7 @@ class StudyCollator:
         self.images = images
         self.targets = targets
         self.seed = seed
-        # In shared memory: workers that live longer than an epoch have to learn of the next.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch = _shared_epoch()
 
     @property
     def epoch(self) -> int:
@@ -65,12 +68,25 @@ class StudyCollator:
         """Sets the epoch, in all workers too; before the batches of the epoch are asked for."""
         self._epoch[0] = epoch
 
+    def for_evaluation(self) -> "StudyCollator":
+        """Returns a collator of the same studies that does not augment, and stays in epoch 0 unless it is told.
+
+        So an evaluation draws the same languages and sentences each time, whatever epoch the training is in.
+        """
+        plain = copy.copy(self)
+        plain.images = self.images.for_evaluation()
+        plain._epoch = _shared_epoch()
+        return plain
+
     def __call__(self, items: Sequence[Study | StudyRecord | Mapping[str, Any]]) -> dict[str, Any]:
         """Collates a batch.
 
         Raises:
-            ValueError: If an image cannot be read and that is not to be skipped, or a study lacks what is asked for.
+            ValueError: If there is no study, an image cannot be read and that is not to be skipped (or all are
+                skipped), or a study lacks what is asked for.
         """
+        if not len(items):
+            raise ValueError("The batch is empty: expected at least one study.")
         draw = Draw(self.seed, self.epoch)
         studies, tensors = self.images.batch([fed_study(item) for item in items], draw)
         return tensors | self.targets.batch(studies, draw)
@@ -80,7 +96,9 @@ class ReportTexts:
     """Makes the report to be written, for `M3FMForReportGeneration`: `input_ids`, `attention_mask`, `labels` (B, T).
 
     A row is the places of the image, the language token, the report and its end, padded on the right; the loss is on
-    report and end alone. A report that is too long ends with its last whole sentence that fits.
+    report and end alone. A report that is too long ends with its last whole sentence that fits. Where not even its
+    first sentence fits, it is cut after the last token that does, within a sentence or a word, and its end follows all
+    the same: choose `max_length` so that this is rare.
 
     Args:
         tokenizer: The bilingual one.
@@ -126,12 +144,17 @@ class ReportTexts:
         }
 
     def encoded(self, text: str) -> list[int]:
-        """Returns the tokens of a report, shortened to its last whole sentence where it is too long."""
+        """Returns the tokens of a report, shortened to its last whole sentence that fits where it is too long.
+
+        Where no whole sentence fits, it is cut after the last token that does.
+        """
         ids = self.tokenizer(text)["input_ids"]
         if len(ids) < self.max_length:
             return ids
         kept = self.tokenizer.decode(ids[: self.max_length - 1], skip_special_tokens=True)
-        end = max(kept.rfind(mark) for mark in _SENTENCE_ENDS)
+        # One token more tells whether a space follows the point at which the cut falls: a sentence's, not a number's.
+        further = self.tokenizer.decode(ids[: self.max_length], skip_special_tokens=True)
+        end = max(further[: len(kept) + mark.endswith(" ")].rfind(mark) for mark in _SENTENCE_ENDS)
         return self.tokenizer(kept[: end + 1] if end > 0 else kept)["input_ids"][: self.max_length - 1]
 
 
@@ -201,6 +224,11 @@ class FindingLabels:
         return {"labels": torch.from_numpy(np.where(known, values, np.float32("nan")))}
 
 
+def _shared_epoch() -> torch.Tensor:
+    """Returns epoch 0 in shared memory: workers that live longer than an epoch have to learn of the next."""
+    return torch.zeros(1, dtype=torch.int64).share_memory_()
+
+
 def _known_language(language: str, spoken: Sequence[str]) -> str:
     if language not in (DRAWN, *spoken):
         raise ValueError(f"language: got {language!r}, expected {DRAWN!r} or one of {list(spoken)}.")
@@ -213,9 +241,10 @@ def _drawn_language(study: FedStudy, wanted: str, spoken: Sequence[str], draw: D
     if wanted in has:
         return wanted
     if wanted != DRAWN or not has:
-        asked = "any language" if wanted == DRAWN else repr(wanted)
+        asked = f"any of {list(spoken)}" if wanted == DRAWN else repr(wanted)
+        columns = [f"row['report_{code}']" for code in (spoken if wanted == DRAWN else [wanted])]
         raise ValueError(
             f"A study of the batch has no report in {asked}: leave such studies out first, as by "
-            "dataset.filter(lambda row: row['report_en'] is not None)."
+            f"dataset.filter(lambda row: bool({' or '.join(columns)}))."
         )
     return has[int(draw.generator("language", study.key).integers(len(has)))]

@@ -6,9 +6,11 @@ Letters in shapes are those of `modeling_m3fm`: N images of a study, S image tok
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +19,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..batch.rows import _Lock
 from ..data import Study
 from ..data.schema import ImageFile, StudyRecord
 from ..image_processing_m3fm import M3FMImageProcessor
+
+logger = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 0.5
 
 
 class FeatureCache:
@@ -29,6 +36,9 @@ class FeatureCache:
     tower or other preprocessing has files of its own. An image file is known by its folder, name and size, so that one
     that changed its size is another image; an image in memory, as from a shard, is known by its content.
 
+    Processes may share a folder: while one fills it, others that want to fill it wait. A copy that goes to another
+    process, as to a worker, opens the same files there and serves tokens; without the tower, it cannot be filled.
+
     Args:
         folder: Where the files are kept.
         tower: The frozen image tower.
@@ -37,7 +47,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | str, tower: torch.nn.Module, image_processor: M3FMImageProcessor):
         self.folder = Path(folder)
-        self.tower = tower.eval()
+        self.tower: torch.nn.Module | None = tower.eval()
         self.image_processor = image_processor
         self._key = _fingerprint(tower, image_processor)
         # Of an image, by its path or by its content: the set whose file has it, and the row there.
@@ -45,15 +55,20 @@ class FeatureCache:
         self._arrays: dict[str, np.memmap] = {}
 
     def fill(self, studies: Iterable[Study | StudyRecord], batch_size: int = 16) -> None:
-        """Computes what is missing for `studies`, with a progress bar.
+        """Computes what is missing for `studies`, with a progress bar, once no other process fills the same files.
 
         Their images are one slice or view each, any number of them a study. Studies are gone through once and images
         held for one batch, so that a stream of records from shards will do.
+
+        Raises:
+            ValueError: If an image cannot be read or is a volume, or the cache came from another process.
         """
+        if self.tower is None:
+            raise ValueError("A cache that came from another process has no tower: expected it to be filled there.")
         self.folder.mkdir(parents=True, exist_ok=True)
         shelves: dict[str, _Shelf] = {}
         marks: dict[Any, tuple[str, str]] = {}
-        with ExitStack() as stack, tqdm(desc="image tokens", unit="image", delay=1.0) as bar:
+        with self._alone(), ExitStack() as stack, tqdm(desc="image tokens", unit="image", delay=1.0) as bar:
             for study in studies:
                 for source in map(_source, study.images):
                     shelf = shelves.get(study.source)
@@ -75,13 +90,47 @@ class FeatureCache:
         return self.tokens(study.images)
 
     def tokens(self, images: Sequence[Any]) -> np.ndarray:
-        """Returns the tokens (N, S, C) float16 of images that `fill` was given: paths, bytes, `ImageFile`."""
+        """Returns the tokens (N, S, C) float16 of images that `fill` was given: paths, bytes, `ImageFile`.
+
+        Raises:
+            ValueError: If there is no image, or one that `fill` was not given.
+        """
+        if not len(images):
+            raise ValueError("The study has no image: expected one at least.")
         rows = []
         for source in map(_source, images):
-            name = source if isinstance(source, Path) else _mark(source)
-            shelf, row = self._places[name]
-            rows.append(self._arrays[shelf][row])
+            place = self._places.get(source if isinstance(source, Path) else _mark(source))
+            if place is None:
+                told = source.name if isinstance(source, Path) else "an image in memory"
+                raise ValueError(f"There are no tokens of {told}: call fill with its study first.")
+            rows.append(self._arrays[place[0]][place[1]])
         return np.stack(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither the tower nor gigabytes of tokens are to be copied to every worker.
+        shelves = {name: (Path(array.filename), array.shape) for name, array in self._arrays.items()}
+        return self.__dict__ | {"tower": None, "_arrays": shelves}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._arrays = {name: _opened_tokens(path, shape) for name, (path, shape) in self._arrays.items()}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits until no other process fills the files of this tower; then keeps others out."""
+        path, lock, was_told = self.folder / self._key, None, False
+        while lock is None:
+            try:
+                lock = _Lock(path)
+            except ValueError:  # is held
+                if not was_told:
+                    logger.warning("waiting for another process that fills the cache: it holds %s.lock", path)
+                was_told = True
+                time.sleep(_LOCK_SECONDS)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _open(self, source: str) -> "_Shelf":
         return _Shelf(self.folder / f"{source}-{self._key}", self._token_shape())
@@ -165,7 +214,11 @@ class _Shelf:
 
     def tokens(self) -> np.memmap:
         """Returns all tokens (rows, S, C) of the file."""
-        return np.memmap(self.data, dtype=np.float16, mode="r", shape=(self._count, *self.shape))
+        return _opened_tokens(self.data, (self._count, *self.shape))
+
+
+def _opened_tokens(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    return np.memmap(path, dtype=np.float16, mode="r", shape=shape)
 
 
 def _source(image: Any) -> Any:

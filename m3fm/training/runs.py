@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import yaml
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 # Arguments that make a run what it is; how long it runs and how often it looks up may change when it is resumed.
 FIXED_ARGUMENTS = ("seed", "learning_rate", "per_device_train_batch_size", "bf16", "weight_decay", "max_grad_norm")
@@ -45,18 +45,39 @@ class Validation(Protocol):
         """Returns scores of the model, by name."""
 
 
-class ScoredTrainer(Trainer):
-    """`Trainer` that evaluates by scores of validation studies: the loss of mixed batches would say little."""
+class CheckpointTrainer(Trainer):
+    """`Trainer` that finds all weights of a model of transformers in its checkpoints: to go on, and for the best one.
+
+    The names in a checkpoint are not those of the module: `from_pretrained` translates them. `Trainer` does not, keeps
+    the fresh weights of what it finds no name for, and only warns.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not self._is_whole(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self._is_whole(self.state.best_model_checkpoint, self.model):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_whole(self, checkpoint: str, model: torch.nn.Module) -> bool:
+        """Tells whether `save_pretrained` wrote all weights there: not adapters alone, nor what is parted by ranks."""
+        is_parted = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(model, PreTrainedModel) and not is_parted and (Path(checkpoint) / "config.json").is_file()
+
+
+class ScoredTrainer(CheckpointTrainer):
+    """Evaluates by scores of validation studies: the loss of mixed batches would say little."""
 
     def __init__(self, *args: Any, validation: Validation, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.validation = validation
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Loads by `from_pretrained`: the names in a file differ from the module's, and Trainer would only warn."""
-        model = self.model if model is None else model
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Scores the model, and logs the scores."""

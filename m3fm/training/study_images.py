@@ -4,6 +4,7 @@
 Letters: B studies, N images of a study, S tokens of an image, C width of the tower, H and W rows and columns.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from .augmentation import Augmentation, apply_change
 from .features import FeatureCache
 from .fed_studies import Draw, FedStudy, chosen_images, opened
 
-__all__ = ["CachedTokens", "Images", "StudyPixels"]
+__all__ = ["CachedTokens", "Images", "StudyPixels", "UnreadableBatchError"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,18 @@ ON_UNREADABLE = ("raise", "skip")
 _COUNTERS = 256
 
 
+class UnreadableBatchError(ValueError):
+    """Says that a batch is empty, as all of its studies were skipped; the loaders of `feed` pass it over."""
+
+
 class Images(Protocol):
     """What gives a collator the images of a batch."""
 
     def batch(self, studies: Sequence[FedStudy], draw: Draw) -> tuple[list[FedStudy], dict[str, torch.Tensor]]:
         """Returns the studies that are in the batch, and their tensors."""
+
+    def for_evaluation(self) -> "Images":
+        """Returns what gives the same images, not augmented."""
 
 
 class StudyPixels:
@@ -45,7 +53,9 @@ class StudyPixels:
         image_processor: Prepares them, as it does for inference.
         max_views: Most views of a radiograph that are read; slices of a CT are the image processor's to count.
         on_unreadable: "raise": an image that cannot be read ends the training, with the name of its file; "skip": its
-            study is left out of the batch, counted in `skipped`, and its file named in a warning.
+            study is left out of the batch, counted in `skipped`, and its file named in a warning. Of a batch with no
+            study left, `ResumableLoader` and `StreamLoader` take the next; in `Trainer` or a plain `DataLoader` it
+            ends the training, so that there batches should not be small or bad files many.
         augmentation: How images are changed; None: not at all, as for validation.
 
     Raises:
@@ -76,12 +86,18 @@ class StudyPixels:
         """How many studies were left out so far because an image could not be read, by all workers together."""
         return int(self._skipped.sum())
 
+    def for_evaluation(self) -> "StudyPixels":
+        """Returns what reads the same images, not augmented, and counts into the same `skipped`."""
+        plain = copy.copy(self)
+        plain.augmentation = None
+        return plain
+
     def batch(self, studies: Sequence[FedStudy], draw: Draw) -> tuple[list[FedStudy], dict[str, torch.Tensor]]:
         """Reads the images of a batch.
 
         Raises:
-            ValueError: If an image cannot be read and that is not to be skipped, none of the studies can be read, or
-                one has no image.
+            UnreadableBatchError: If unreadable ones are skipped, and none of the studies can be read.
+            ValueError: If an image cannot be read and that is not to be skipped, or a study has no image.
         """
         if not all(study.images for study in studies):
             raise ValueError("A study of the batch has no image: leave such studies out of what is collated.")
@@ -100,7 +116,7 @@ class StudyPixels:
                     raise ValueError(_named(error, study)) from None
                 self._count_skipped(_named(error, study))
         if not kept:
-            raise ValueError(
+            raise UnreadableBatchError(
                 f"None of the {len(studies)} studies of a batch can be read; the warnings name the files."
             )
         pixel_values, image_mask = _padded(pixels, np.float32)
@@ -169,6 +185,10 @@ class CachedTokens:
         tokens = [self.cache.tokens(chosen_images(study, self.max_views, self.max_slices)) for study in studies]
         features, mask = _padded(tokens, np.float16)
         return list(studies), {"vision_features": features.float(), "image_mask": mask}
+
+    def for_evaluation(self) -> "CachedTokens":
+        """Returns this: tokens are never augmented."""
+        return self
 
 
 def _padded(arrays: Sequence[np.ndarray], dtype: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,7 +95,9 @@ def test_modalities_left_out_are_not_changed():
         Augmentation({"mri": Strengths()})
 
 
-@pytest.mark.parametrize("wrong", [{"rotation": 90}, {"scale": -0.1}, {"jpeg": 1.5}, {"shift": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rotation": 90}, {"scale": -0.1}, {"jpeg": 1.5}, {"shift": 1.0}, {"rotation": "a"}]
+)
 def test_strengths_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"Strengths\.{next(iter(wrong))}: got"):
         Strengths(**wrong)

@@ -130,11 +130,51 @@ def test_a_missing_report_is_refused_with_advice(tiny_processor, tiny_model, rec
     texts = ReportTexts(tiny_processor.tokenizer, tiny_model.config, language="en")
     with pytest.raises(ValueError, match=r"no report in 'en': leave such studies out.*dataset\.filter") as caught:
         collated(tiny_processor, texts, records)
-    assert "右肺" not in str(caught.value)
+    assert "右肺" not in str(caught.value) and "report_zh" not in str(caught.value)
+    silent = StudyRecord("bare", "set", "cxr", images=records[0].images)
+    for language, filtered in (("zh", r"row\['report_zh'\]"), (DRAWN, r"row\['report_en'\] or row\['report_zh'\]")):
+        texts = ReportTexts(tiny_processor.tokenizer, tiny_model.config, language)
+        with pytest.raises(ValueError, match=rf"dataset\.filter\(lambda row: bool\({filtered}\)\)\."):
+            collated(tiny_processor, texts, [silent])
     with pytest.raises(ValueError, match=r"got 'de', expected 'drawn' or one of \['en', 'zh'\]"):
         ReportTexts(tiny_processor.tokenizer, tiny_model.config, language="de")
     with pytest.raises(ValueError, match="got 'de'"):
         PairedTexts(tiny_processor.tokenizer, language="de")
+
+
+def test_an_empty_batch_is_refused(tiny_processor):
+    with pytest.raises(ValueError, match="The batch is empty: expected at least one study"):
+        collated(tiny_processor, PairedTexts(tiny_processor.tokenizer), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "fitting", "kept"),
+    [
+        ("Lungs clear. The heart is normal. No effusion.",) + ("Lungs clear. The heart is normal.",) * 2,
+        ("The heart is normal. Lungs clear.", "The heart is normal. Lungs", "The heart is normal."),
+        ("Clear. A nodule of 3.5 cm is seen.", "Clear. A nodule of 3.", "Clear."),
+        ("双肺清晰。心影不大。", "双肺清晰。", "双肺清晰。"),
+        ("双肺清晰。心影不大。", "双肺清晰。心影不大", "双肺清晰。"),
+        ("The heart is normal.", "The heart is", "The heart is"),
+    ],
+)
+def test_a_long_report_ends_with_the_last_whole_sentence_that_fits(text, fitting, kept, tiny_processor, tiny_model):
+    tokenizer = tiny_processor.tokenizer
+    length = len(tokenizer(fitting)["input_ids"])
+    assert tokenizer.decode(tokenizer(text)["input_ids"][:length]) == fitting
+    texts = ReportTexts(tokenizer, tiny_model.config, max_length=length + 1)  # and the end
+    assert tokenizer.decode(texts.encoded(text)) == kept
+
+
+def test_a_collator_for_evaluation_has_an_epoch_of_its_own(tiny_processor, records):
+    collator = StudyCollator(pixels(tiny_processor, augmentation=Augmentation()), FindingLabels(["edema"]), seed=3)
+    collator.set_epoch(5)
+    plain = collator.for_evaluation()
+    collator.set_epoch(6)
+    assert (plain.epoch, plain.seed, collator.epoch) == (0, 3, 6)
+    expected = collated(tiny_processor, collator.targets, records)["pixel_values"]
+    assert torch.equal(plain(records)["pixel_values"], expected)
+    assert not torch.equal(collator(records)["pixel_values"], expected)
 
 
 def test_pairs_train_the_contrastive_model(tiny_processor, tiny_model, records):

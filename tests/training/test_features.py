@@ -1,6 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """The cache of image tokens: right values, nothing computed twice, and nothing mixed up by a killed run."""
 
+import logging
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +240,61 @@ def test_images_in_memory_that_are_no_files_are_refused(processor, tmp_path):
     study = Study("a", "first", "cxr", (np.zeros((8, 8), np.uint8),), None, {}, None, None)
     with pytest.raises(ValueError, match="image files or their bytes, got ndarray"):
         cache.fill([study])
+
+
+_HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_waits_until_the_first_has_filled(studies, processor, tmp_path, caplog):
+    pytest.importorskip("fcntl")
+    FeatureCache(tmp_path / "filled", Tower(), processor).fill(studies)
+    (tmp_path / "cache").mkdir()
+    key = next((tmp_path / "filled").glob("first-*.f16")).stem.removeprefix("first-")
+    command = [sys.executable, "-c", _HOLD, str(tmp_path / "cache" / f"{key}.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+
+        def fill_and_let_go() -> None:
+            shutil.copytree(tmp_path / "filled", tmp_path / "cache", dirs_exist_ok=True)
+            first.stdin.close()
+
+        threading.Timer(0.2, fill_and_let_go).start()
+        tower = Tower()
+        cache = FeatureCache(tmp_path / "cache", tower, processor)
+        with caplog.at_level(logging.WARNING):
+            cache.fill(list(reversed(studies)), batch_size=2)
+    assert tower.seen == 0, "the first had computed them all"
+    assert len(caplog.records) == 1 and caplog.records[0].message.endswith(f"{key}.lock")
+    assert not list((tmp_path / "cache").glob("*.lock"))
+    assert_right(cache, studies, processor)
+
+
+def test_tokens_that_were_not_filled_are_asked_for_in_vain(studies, processor, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    for missing, named in ((studies[0], r"0\.png"), (records_of(studies)[0], "an image in memory")):
+        with pytest.raises(ValueError, match=f"no tokens of {named}: call fill with its study first"):
+            cache.get(missing)
+    with pytest.raises(ValueError, match="has no image"):
+        cache.get(Study("a", "texts", "cxr", (), None, {}, None, None))
+
+
+def test_a_copy_in_another_process_opens_the_same_files(studies, processor, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Tower(), processor)
+    cache.fill(studies)
+    with torch.no_grad():
+        cache.tower.extra = torch.nn.Parameter(torch.zeros(1_000_000))
+    sent = pickle.dumps(cache)
+    assert len(sent) < 20_000
+    there = pickle.loads(sent)
+    assert_right(there, studies, processor)
+    assert all(isinstance(array, np.memmap) for array in there._arrays.values())
+    with pytest.raises(ValueError, match="came from another process has no tower"):
+        there.fill(studies)
+    assert cache.tower is not None
+    cache.fill(studies)

@@ -1,6 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Loaders: the same batches with any number of workers, and after a run was killed at any step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainingArguments
 
+from m3fm import M3FMForReportGeneration
 from m3fm.data.schema import ImageFile, ReportText, StudyRecord
 from m3fm.training.augmentation import Augmentation
 from m3fm.training.collators import ReportTexts, StudyCollator
+from m3fm.training.fed_studies import Draw, fed_study
 from m3fm.training.feed import FeedTrainer, ResumableLoader, StreamLoader
 from m3fm.training.samplers import EpochBatches, EveryStudy, LengthBucketSampler
-from m3fm.training.study_images import StudyPixels
+from m3fm.training.study_images import StudyPixels, UnreadableBatchError
 
 # The machine that runs the tests may have fewer cores than workers are tried.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -35,6 +39,16 @@ class NoImages:
 
     def batch(self, studies, draw) -> tuple[list, dict]:
         return list(studies), {}
+
+
+class SomeUnreadable(NoImages):
+    """Images of which those of the first nine studies of each hundred cannot be read."""
+
+    def batch(self, studies, draw) -> tuple[list, dict]:
+        kept = [study for study in studies if int(study.key.split("/")[1]) % 100 > 8]
+        if not kept:
+            raise UnreadableBatchError("none can be read")
+        return kept, {}
 
 
 RECORDS = [StudyRecord(str(number), "set", "cxr") for number in range(23)]
@@ -107,6 +121,31 @@ def test_ranks_part_the_studies():
     assert {number for rank in ranks for _, ids in rank for number in ids} == whole == set(range(23))
 
 
+class InOrder(EveryStudy):
+    """Draws the studies as they come."""
+
+    def draw(self, seed: int, epoch: int) -> np.ndarray:
+        return np.arange(self.count)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_without_a_readable_study_is_passed_over(workers):
+    def some() -> ResumableLoader:
+        batches = EpochBatches(InOrder(23), 3, remainder="drop")
+        return ResumableLoader(RECORDS, batches, StudyCollator(SomeUnreadable(), Ids()), workers)
+
+    whole = some()
+    expected = taken(whole)
+    assert [ids for _, ids in expected] == [[9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19, 20]]
+    assert whole.epoch == 1
+    killed = some()
+    first = taken([next(iter(killed))])
+    assert killed.state_dict()["position"] == 4
+    later = some()
+    later.load_state_dict(killed.state_dict())
+    assert first + taken(later) == expected
+
+
 class Rows(IterableDataset):
     """Shards of rows, parted among workers as `datasets` does."""
 
@@ -149,6 +188,44 @@ def test_a_stream_read_by_others_is_refused():
     state = StreamLoader(Rows, 3, ids_collator(), 2).state_dict()
     with pytest.raises(ValueError, match="'workers': 2.*expected it of.*'workers': 1"):
         StreamLoader(Rows, 3, ids_collator(), 0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_of_a_stream_without_a_readable_study_is_passed_over(workers):
+    def some() -> StreamLoader:
+        return StreamLoader(Rows, 3, StudyCollator(SomeUnreadable(), Ids()), workers)
+
+    whole = some()
+    expected = taken(whole)
+    assert whole.state_dict() == {"epoch": 1, "used": [0] * max(1, workers), "batch_size": 3, "order": None}
+    assert sorted(number for _, ids in expected for number in ids) == [
+        number for shard in range(5) for number in range(10 * shard, 10 * shard + 4 + shard) if number > 8
+    ]
+    killed = some()
+    seen = []
+    for batch in killed:
+        seen += taken([batch])
+        if len(seen) == 2:
+            break
+    assert sum(killed.state_dict()["used"]) > 2
+    later = some()
+    later.load_state_dict(killed.state_dict())
+    assert seen + taken(later) == expected
+
+
+def test_a_stream_of_another_order_is_refused():
+    def stream(**order: Any) -> StreamLoader:
+        return StreamLoader(Rows, 3, ids_collator(), order=order or None)
+
+    state = stream(seed=0, world_size=2, sets=("a", "b")).state_dict()
+    same = stream(seed=0, world_size=2, sets=["a", "b"])
+    same.load_state_dict(json.loads(json.dumps(state | {"epoch": 3})))
+    assert same.epoch == 3
+    for other in ({"seed": 1, "world_size": 2, "sets": ["a", "b"]}, {"seed": 0, "world_size": 1}, {}):
+        with pytest.raises(ValueError, match="The state is of a stream read with .*'world_size': 2.*expected it of"):
+            stream(**other).load_state_dict(state)
+    with pytest.raises(ValueError, match="order: expected a JSON value"):
+        stream(seed={1})
 
 
 @pytest.fixture
@@ -212,6 +289,104 @@ def test_trainer_takes_the_batches_and_goes_on_with_them(reported, tiny_processo
     later = trainer()
     later.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     assert later.data_collator.batches == whole.data_collator.batches[7:]
+
+
+def fresh_model(config, seed: int) -> M3FMForReportGeneration:
+    torch.manual_seed(seed)
+    model = M3FMForReportGeneration(config)
+    model.set_support_memory(torch.eye(2 * config.support_memory_size, config.projection_dim).unflatten(0, (2, -1)))
+    return model
+
+
+def small_trainer(reported, processor, model, folder: Path, eval_collator=None, **arguments) -> FeedTrainer:
+    images = StudyPixels(processor.image_processor, augmentation=Augmentation())
+    return FeedTrainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=4,
+            num_train_epochs=1,
+            remove_unused_columns=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            learning_rate=0.01,
+            **arguments,
+        ),
+        StudyCollator(images, ReportTexts(processor.tokenizer, model.config)),
+        reported,
+        reported[:4],
+        batches=EpochBatches(EveryStudy(10), 2),
+        eval_collator=eval_collator,
+    )
+
+
+def assert_same_weights(model, other) -> None:
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_new_model_goes_on_with_all_the_weights_that_were_trained(reported, tiny_processor, tiny_config, tmp_path):
+    def trainer(seed: int, folder: str) -> FeedTrainer:
+        model = fresh_model(tiny_config, seed)
+        return small_trainer(reported, tiny_processor, model, tmp_path / folder, save_steps=3)
+
+    whole = trainer(1, "whole")
+    whole.train()
+    later = trainer(2, "later")
+    later.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_weights(later.model, whole.model)
+
+
+def test_the_best_model_has_all_the_weights_of_its_checkpoint(reported, tiny_processor, tiny_config, tmp_path):
+    trainer = small_trainer(
+        reported,
+        tiny_processor,
+        fresh_model(tiny_config, 1),
+        tmp_path,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that it is not the last one
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-5"
+    assert_same_weights(trainer.model, M3FMForReportGeneration.from_pretrained(best))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(reported, tiny_processor, tiny_model, tmp_path):
+    trainer = small_trainer(reported, tiny_processor, tiny_model, tmp_path / "run")
+    tiny_model.save_pretrained(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    name = next(name for name in weights if "attention" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "whole" / "model.safetensors")
+    with pytest.raises(ValueError, match="do not fit M3FMForReportGeneration: missing 1 .*attention"):
+        trainer._load_from_checkpoint(str(tmp_path / "whole"))
+
+
+def test_evaluation_is_not_augmented_and_the_same_in_each_epoch(reported, tiny_processor, tiny_model, tmp_path):
+    trainer = small_trainer(reported, tiny_processor, tiny_model, tmp_path)
+    plain = StudyPixels(tiny_processor.image_processor).batch([fed_study(each) for each in reported[:4]], Draw())[1]
+    texts = set()
+    for epoch in range(3):
+        trainer.data_collator.set_epoch(epoch)
+        for loader in (trainer.get_eval_dataloader(), trainer.get_test_dataloader(reported[:4])):
+            (batch,) = loader
+            assert torch.equal(batch["pixel_values"], plain["pixel_values"])
+            texts.add(str(batch["input_ids"].tolist()))
+    assert len(texts) == 1
+    augmented = next(iter(trainer.get_train_dataloader()))
+    assert trainer.data_collator.images.augmentation is not None and len(augmented["pixel_values"]) == 2
+
+    own = Noting(StudyCollator(StudyPixels(tiny_processor.image_processor), trainer.data_collator.targets))
+    trainer = small_trainer(reported, tiny_processor, tiny_model, tmp_path, eval_collator=own)
+    trainer.evaluate()
+    assert [ids for _, ids, _ in own.batches] == [["0", "1", "2", "3"]]
 
 
 def test_trainer_refuses_other_sizes_than_the_batches_have(tiny_model, tmp_path):

@@ -14,7 +14,7 @@ from m3fm import M3FMImageProcessor
 from m3fm.training.augmentation import Augmentation, Change, Strengths, apply_change
 from m3fm.training.features import FeatureCache
 from m3fm.training.fed_studies import Draw, FedStudy
-from m3fm.training.study_images import CachedTokens, StudyPixels
+from m3fm.training.study_images import CachedTokens, StudyPixels, UnreadableBatchError
 
 PROCESSOR = M3FMImageProcessor(size=28, num_slices=3)
 
@@ -81,8 +81,17 @@ def test_unreadable_studies_are_skipped_and_counted_as_asked(files, broken, capl
     assert batch["pixel_values"].shape[:2] == (1, 1)
     assert pixels.skipped == 2
     assert "broken.png" in caplog.text and "patient7" not in caplog.text
-    with pytest.raises(ValueError, match="None of the 1 studies of a batch can be read"):
+    with pytest.raises(UnreadableBatchError, match="None of the 1 studies of a batch can be read"):
         pixels.batch([bad], Draw())
+
+
+def test_evaluation_is_not_augmented_and_counts_with_the_training(files, broken):
+    training = StudyPixels(PROCESSOR, max_views=2, on_unreadable="skip", augmentation=Augmentation())
+    plain = training.for_evaluation()
+    _, batch = plain.batch([study(*files[:3]), study(broken)], Draw())
+    assert torch.equal(batch["pixel_values"], PROCESSOR([files[:2]], return_tensors="pt")["pixel_values"])
+    assert training.augmentation is not None
+    assert training.skipped == plain.skipped == 1
 
 
 def test_options_are_checked():
@@ -186,6 +195,7 @@ def test_cached_tokens_take_the_place_of_pixels(files, tmp_path):
     studies = [study(files[0], {"bytes": content, "path": "other name"}), study(content)]
     kept, batch = CachedTokens(cache).batch(studies, Draw())
     assert kept == studies
+    assert CachedTokens(cache).for_evaluation().batch(studies, Draw())[0] == studies
     assert batch["vision_features"].shape == (2, 2, 3, 4) and batch["vision_features"].dtype == torch.float32
     assert batch["image_mask"].tolist() == [[True, True], [True, False]]
     assert torch.equal(batch["vision_features"][1, 0], batch["vision_features"][0, 1])
