@@ -273,7 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data = commands.add_parser("data", help="look at, convert, split and translate data sets", description=DATA)
     data_commands = add_data(data)
-    for command in (*commands.choices.values(), *data_commands):  # suppressed, so that it does not undo what stood before the command
+    # Suppressed, so that it does not undo what stood before the command.
+    for command in (*commands.choices.values(), *data_commands):
         command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=_TRACEBACK)
     return parser
 

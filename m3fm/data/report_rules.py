@@ -81,9 +81,12 @@ class ReportRules:
             section.
         unknown_heading: Matches a heading whatever its name; group 1 is the name.
         heading_names: Name of a heading in lower case to section, for misspelt headings.
-        views: Matches in a heading that names views and no section.
+        views: Matches in a heading that names views and no section, and in other titles.
         frame: Matches lines that belong to no section.
         prose: Matches in a paragraph that is more than a title.
+        statement: Matches in a sentence that is more than a title, a name or a date.
+        no_finding: Speaks of the patient, of what is asked or of how the images were taken.
+        signature: Matches lines that say who signed the report, and when.
         paragraph_end: Sections are split into paragraphs where it matches.
     """
 
@@ -109,6 +112,9 @@ class ReportRules:
     views: re.Pattern[str]
     frame: re.Pattern[str]
     prose: re.Pattern[str]
+    statement: re.Pattern[str]
+    no_finding: re.Pattern[str]
+    signature: re.Pattern[str]
     paragraph_end: re.Pattern[str]
 
 
@@ -125,7 +131,8 @@ _OPTIONAL = (
     "dependent",
     "advice",
 )
-_OPTIONAL += ("earlier_more", "earlier_in_advice", "unknown_heading", "misspelt", "views", "frame")
+_OPTIONAL += ("earlier_more", "earlier_in_advice", "unknown_heading", "misspelt", "views", "frame", "statement")
+_OPTIONAL += ("no_finding", "signature")
 
 
 @cache
@@ -182,6 +189,9 @@ class _Compiler:
             views=self._compiled("views", content.get("views")),
             frame=self._compiled("frame", content.get("frame")),
             prose=self._compiled("prose", content["prose"]),
+            statement=self._compiled("statement", content.get("statement")),
+            no_finding=self._words("no_finding"),
+            signature=self._either("signature"),
             paragraph_end=self._compiled("paragraph_end", content["paragraph_end"]),
         )
 

@@ -1,4 +1,6 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+import time
+
 import pytest
 
 from m3fm.data.report_sections import report_from_sections, report_from_text, split_sections
@@ -124,6 +126,65 @@ def test_report_of_a_whole_report():
         ("CHEST RADIOGRAPH\n\nINDICATION: cough", {"preamble": "CHEST RADIOGRAPH", "indication": "cough"}),
         # Headings without text.
         ("FINDINGS:\nIMPRESSION:\nNormal.", {"impression": "Normal."}),
+        # The impression alone is headed.
+        (
+            "The lungs are clear. There is a small left effusion.\nIMPRESSION: Cardiomegaly.",
+            {"findings": "The lungs are clear. There is a small left effusion.", "impression": "Cardiomegaly."},
+        ),
+        (
+            "CHEST TWO VIEWS\n\nThe lungs are clear. Impression: Normal.",
+            {"preamble": "CHEST TWO VIEWS", "findings": "The lungs are clear.", "impression": "Normal."},
+        ),
+        (
+            "COMPARISON: ___.\n\nThe lungs are clear.\n\nIMPRESSION: Normal.",
+            {"comparison": "___.", "findings": "The lungs are clear.", "impression": "Normal."},
+        ),
+        ("LUNGS: Clear.\nIMPRESSION: Normal.", {"findings": "LUNGS: Clear.", "impression": "Normal."}),
+        # Titles, fields and wet reads before an impression are no findings.
+        (
+            "AP CHEST, 5:32 A.M., ON ___.\n\nIMPRESSION: a.",
+            {"preamble": "AP CHEST, 5:32 A.M., ON ___.", "impression": "a."},
+        ),
+        ("Portable chest, 5 a.m.\n\nIMPRESSION: a.", {"preamble": "Portable chest, 5 a.m.", "impression": "a."}),
+        ("SERVICE: Medicine\nIMPRESSION: a.", {"body": "SERVICE: Medicine", "impression": "a."}),
+        (
+            "INDICATION: cough. Evaluate for pneumonia.\n\nIMPRESSION: a.",
+            {"indication": "cough. Evaluate for pneumonia.", "impression": "a."},
+        ),
+        (
+            "WET READ: 5 PM\n\nThe lungs are low.\n\nIMPRESSION: a.",
+            {"wet_read": "5 PM\n\nThe lungs are low.", "impression": "a."},
+        ),
+        # The report stands behind a field in its line.
+        (
+            "Comparison: None. The lungs are clear. There is a small left effusion.",
+            {"comparison": "None.", "body": "The lungs are clear. There is a small left effusion."},
+        ),
+        ("Technique: PA. Lungs clear.", {"technique": "PA.", "body": "Lungs clear."}),
+        ("Indication: cough. The lungs are clear.", {"indication": "cough.", "body": "The lungs are clear."}),
+        (
+            "Indication: cough. Evaluate for pneumonia. The lungs are clear.",
+            {"indication": "cough. Evaluate for pneumonia.", "body": "The lungs are clear."},
+        ),
+        ("Indication: cough. Rule out pneumonia.", {"indication": "cough. Rule out pneumonia."}),
+        (
+            "NAME: J. Smith\nDOB: 1/1/1950\nThe lungs are clear.",
+            {"administrative": "J. Smith\n1/1/1950", "body": "The lungs are clear."},
+        ),
+        ("Dictated by: Dr. John Smith.", {"administrative": "Dr. John Smith."}),
+        ("Age: 55 Sex: M Findings: Clear.", {"administrative": "55\nM", "findings": "Clear."}),
+        # Headings of other looks: alone on a line after a line without a full stop, numbered, full-width.
+        ("Findings\nClear lungs\nImpression\nNormal", {"findings": "Clear lungs", "impression": "Normal"}),
+        ("IMPRESSION:\n1. Nodule, 5 mm\n2. Comparison: none", {"impression": "1. Nodule, 5 mm", "comparison": "none"}),
+        ("FINDINGS：clear。IMPRESSION：normal", {"findings": "clear。", "impression": "normal"}),
+        ("ＦＩＮＤＩＮＧＳ：ｃｌｅａｒ", {"findings": "ｃｌｅａｒ"}),
+        ("No effusion\n\nClear", {"body": "No effusion\n\nClear"}),
+        ("CHEST\n\nClear", {"preamble": "CHEST", "body": "Clear"}),
+        # A wrapped line that starts with the name of a section.
+        (
+            "FINDINGS: The nodule of the last\nimpression\nis seen.",
+            {"findings": "The nodule of the last\nimpression\nis seen."},
+        ),
     ],
 )
 def test_split_english(raw, expected):
@@ -160,6 +221,21 @@ def test_split_english(raw, expected):
         # Words of sentences.
         ("所见：双肺清晰，CT提示：结节，考虑诊断：肺炎。", {"findings": "双肺清晰，CT提示：结节，考虑诊断：肺炎。"}),
         ("FINDINGS: 双肺清晰。\nIMPRESSION: 正常。", {"findings": "双肺清晰。", "impression": "正常。"}),
+        # The impression alone is headed.
+        ("胸廓对称，双肺清晰。印象：未见异常。", {"findings": "胸廓对称，双肺清晰。", "impression": "未见异常。"}),
+        ("胸廓对称，双肺清晰。\n诊断：正常。", {"findings": "胸廓对称，双肺清晰。", "impression": "正常。"}),
+        (
+            "双肺清晰，提示肺炎：请结合临床。诊断：肺炎",
+            {"findings": "双肺清晰，提示肺炎：请结合临床。", "impression": "肺炎"},
+        ),
+        ("检查报告：双肺清晰。印象：正常。", {"findings": "双肺清晰。", "impression": "正常。"}),
+        ("东方市第一人民医院\n印象：正常。", {"preamble": "东方市第一人民医院", "impression": "正常。"}),
+        # The report stands behind a field in its line.
+        ("检查方法：CT平扫。双肺清晰，心影正常。", {"technique": "CT平扫。", "body": "双肺清晰，心影正常。"}),
+        ("部位：胸部。双肺清晰。", {"examination": "胸部。", "body": "双肺清晰。"}),
+        ("病史：咳嗽。排除肺炎。", {"history": "咳嗽。排除肺炎。"}),
+        ("姓名：张三 性别：男 所见：双肺清晰。", {"administrative": "张三\n男", "findings": "双肺清晰。"}),
+        ("影像表现\n双肺清晰\n影像诊断\n1、正常", {"findings": "双肺清晰", "impression": "1、正常"}),
     ],
 )
 def test_split_chinese(raw, expected):
@@ -207,6 +283,83 @@ def test_a_report_cleaned_again_stays():
     text = report_from_text(WHOLE, "en").text
     assert clean_fully(text, "en").text == text
     assert report_from_text(text, "en").text == text
+
+
+@pytest.mark.parametrize(
+    ("signature", "language"),
+    [
+        ("\nElectronically signed by John Smith MD on 01/02/2020", "en"),
+        ("\n\nSigned by John Smith, MD\n01/02/2020 10:33", "en"),
+        ("\r\nDictated by Dr. John A. Smith\r\nRead and approved by Ann Lee", "en"),
+        (" This report was electronically signed by John Smith, M.D.", "en"),
+        ("\nDICTATED BY JOHN SMITH", "en"),
+        ("\n报告医师 李四", "zh"),
+        ("\n审核医师：王五", "zh"),
+        ("\n报告医师：李四 审核医师：王五", "zh"),
+        ("审核医师：王五", "zh"),
+        ("\n报告医生 李四 审核医生 王五 2020-01-02 10:33\n报告日期 2020年1月2日", "zh"),
+    ],
+)
+def test_signatures_are_left_out(signature, language):
+    words = {"en": "Clear lungs.", "zh": "双肺清晰。"}[language]
+    headed = {"en": f"FINDINGS: {words}{signature}", "zh": f"所见：{words}{signature}"}[language]
+    assert report_from_text(words + signature, language).text == words
+    report = report_from_text(headed, language)
+    assert (report.text, report.findings, report.raw) == (words, words, headed)
+    assert report_from_sections(words + signature, None, language).text == words
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The lungs were\nreviewed by nobody.", "en"),
+        ("A nodule is read by many as benign.", "en"),
+        ("请结合临床，报告医师提示肺炎。", "zh"),
+        ("放射医师提示肺炎。", "zh"),
+    ],
+)
+def test_words_of_a_signature_in_a_sentence_stay(text, language):
+    assert report_from_sections(text, None, language).text == text.replace("\n", " ")
+
+
+def test_the_sentence_behind_a_signature_stays():
+    raw = "Electronically signed by John Smith MD. The lungs are clear."
+    assert report_from_text(raw, "en").text == "The lungs are clear."
+
+
+def test_a_line_separator_ends_a_sentence():
+    assert report_from_text("No effusion\u2028Clear", "en").text == "No effusion. Clear"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "\nA B:",
+        "[**",
+        "\nIMPRESSION: x.",
+        "\nCHEST: ",
+        "所见：清。",
+        "FINDINGS ",
+        "past ",
+        "姓名：a 性别：b ",
+        "\n  ",
+        " ",
+    ],
+)
+def test_time_does_not_grow_with_the_square_of_the_length(language, piece):
+    text = (piece * 100_000)[:100_000]
+    start = time.perf_counter()
+    split_sections(text, language)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("name", ["FINDINGS", "报告医师", "FINAL REPORT", "Signed by"])
+def test_a_long_run_of_blanks_takes_no_longer(name):
+    start = time.perf_counter()
+    for language in ("en", "zh"):
+        report_from_text(f"{name}{' ' * 50_000}x:\n", language)
+    assert time.perf_counter() - start < 2
 
 
 def test_unknown_language():
