@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..batch.rows import _Lock
 from ..data import Study
 from ..data.schema import ImageFile, StudyRecord
+from ..file_lock import FileLock
 from ..image_processing_m3fm import M3FMImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class FeatureCache:
         path, lock, was_told = self.folder / self._key, None, False
         while lock is None:
             try:
-                lock = _Lock(path)
+                lock = FileLock(path)
             except ValueError:  # is held
                 if not was_told:
                     logger.warning("waiting for another process that fills the cache: it holds %s.lock", path)
