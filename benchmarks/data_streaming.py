@@ -30,6 +30,7 @@ from m3fm import M3FMImageProcessor
 from m3fm.data import FINDINGS
 from m3fm.data.opening import open_set
 from m3fm.data.schema import ImageFile, LabelState, ReportText, StudyRecord, features
+from m3fm.data.sets.chexpert_labels import CHEXPERT_LABELS
 from m3fm.data.streaming import stream_for_rank
 from m3fm.evaluation.runs import NOTICE, library_versions, write_json
 from m3fm.evaluation.tables import markdown_table
@@ -40,22 +41,6 @@ from m3fm.training.study_images import StudyPixels
 MARKS = (1_000, 10_000, 100_000)
 SHARDS = 20
 GROUP_ROWS = 100
-LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
 
 
 def write_table(folder: Path, rows: int) -> None:
@@ -64,10 +49,10 @@ def write_table(folder: Path, rows: int) -> None:
     rng = np.random.default_rng(0)
     with open(folder / "train.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS])
+        writer.writerow(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_LABELS])
         for number in range(rows):
             path = f"CheXpert-v1.0-small/train/patient{number:06}/study1/view1_frontal.jpg"
-            values = rng.choice(["", "1.0", "0.0", "-1.0"], len(LABELS))
+            values = rng.choice(["", "1.0", "0.0", "-1.0"], len(CHEXPERT_LABELS))
             writer.writerow([path, "Female", 50, "Frontal", "AP", *values])
 
 
