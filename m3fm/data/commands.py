@@ -29,8 +29,6 @@ def inspect(args: Namespace) -> int:
     """Says what a data set is and holds."""
     opened = _open(args)
     statistics = count_set(opened, opened.set.name).as_dict()
-    if not statistics["studies"]:
-        raise ValueError(f"{args.path}: no study to count. {opened.reading.summary()}".strip())
     facts = _facts(opened, statistics)
     if args.json:
         sys.stdout.write(json.dumps({**facts, "statistics": statistics}, ensure_ascii=False, indent=1) + "\n")
@@ -43,6 +41,7 @@ def stats(args: Namespace) -> int:
     """Writes tables and a picture of a data set: counts, image sizes, near-duplicates, leaks between its parts."""
     from .image_statistics import ImageSample, image_statistics
     from .leaks import find_leaks
+    from .near_duplicates import hash_records
     from .statistics_plots import plot_statistics
 
     opened, output = _open(args), Path(args.output)
@@ -51,14 +50,13 @@ def stats(args: Namespace) -> int:
         counted.add(record)
         sample.add(record)
     statistics = counted.as_dict()
-    if not statistics["studies"]:
-        raise ValueError(f"{args.path}: no study to count. {opened.reading.summary()}".strip())
-    output.mkdir(parents=True, exist_ok=True)
     facts, code = _facts(opened, statistics), _told(opened)
+    output.mkdir(parents=True, exist_ok=True)
     if sample.images and not args.tables_only:
         statistics["image_files"] = image_statistics(sample.images)
-    hashes = None if args.no_duplicates or args.tables_only or not sample.seen else _hash(opened, args.num_workers)
     # The set is read anew for each question: its studies need not fit the memory together.
+    is_looked_at = sample.seen and not (args.no_duplicates or args.tables_only)
+    hashes = hash_records(opened, args.num_workers) if is_looked_at else None
     leaks = find_leaks(opened, hashes=hashes)
     if hashes is not None:
         statistics["near_duplicates"] = _duplicates(hashes)
@@ -167,12 +165,6 @@ def _told_summary(summary: str) -> int:
     return EXIT_ERROR if summary else 0
 
 
-def _hash(opened: OpenSet, num_workers: int) -> RecordHashes:
-    from .near_duplicates import hash_records
-
-    return hash_records(opened, num_workers)
-
-
 def _duplicates(hashes: RecordHashes) -> dict[str, int]:
     studies = hashes.studies
     return {
@@ -204,6 +196,9 @@ def _image_lines(statistics: dict[str, Any]) -> list[str]:
 
 
 def _facts(opened: OpenSet, statistics: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is said of a set beside its statistics; raises ValueError if it has no study."""
+    if not statistics["studies"]:
+        raise ValueError(f"{opened.root}: no study to count. {opened.reading.summary()}".strip())
     bad = {f"{file}: {kind}": count for (file, kind), count in sorted(opened.reading.counts.items())}
     return {
         "set": opened.set.name,

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ def convert_set(
     writer = _ShardWriter(output, manifest, shard_bytes)
     with tqdm(desc=f"convert {opened.set.name}", unit="study") as bar:
         records = writer.skip_written(_distinct(_with_parts(opened, parts), opened), bar)
-        for number, (result, record) in enumerate(_stored(records, store, num_workers), start=bar.n + 1):
+        for result, number, record in _stored(records, store, num_workers):
             bar.update()
             if result.error is None:
                 writer.write(record, result.value if pseudonyms is None else pseudonyms.replace(result.value))
@@ -119,8 +119,8 @@ def _check_apart(output: Path, root: Path) -> None:
         raise ValueError(f"{output}: expected a folder apart from the set that is read, {root}")
 
 
-def _distinct(records: Iterable[StudyRecord], opened: OpenSet) -> Iterator[StudyRecord]:
-    """Yield each study once; those that come again are told of."""
+def _distinct(records: Iterable[StudyRecord], opened: OpenSet) -> Iterator[tuple[int, StudyRecord]]:
+    """Yield each study once, with its number in the order of the set; those that come again are told of."""
     seen: set[int] = set()
     for number, record in enumerate(records, start=1):
         mark = hash((record.source, record.study_id))
@@ -128,7 +128,7 @@ def _distinct(records: Iterable[StudyRecord], opened: OpenSet) -> Iterator[Study
             opened.reading.tell(_bad_study(opened, "duplicate_id", number, "has the id of an earlier one"))
             continue
         seen.add(mark)
-        yield record
+        yield number, record
 
 
 def _bad_study(opened: OpenSet, kind: str, number: int, message: str) -> BadRow:
@@ -143,17 +143,19 @@ def _with_parts(opened: OpenSet, parts: SplitDocument | None) -> Iterable[StudyR
     return apply_split(opened, parts, "raise" if comes_whole else "skip")
 
 
-def _stored(records: Iterator[StudyRecord], store: ImageStore, num_workers: int) -> Iterator[tuple[Any, StudyRecord]]:
-    """Yield what became of each record, and the record, in order; images are read ahead."""
-    waiting: list[StudyRecord] = []
+def _stored(
+    numbered: Iterator[tuple[int, StudyRecord]], store: ImageStore, num_workers: int
+) -> Iterator[tuple[Any, int, StudyRecord]]:
+    """Yield what became of each record, its number and the record, in order; images are read ahead."""
+    waiting: deque[tuple[int, StudyRecord]] = deque()
 
     def remembered() -> Iterator[StudyRecord]:
-        for record in records:
-            waiting.append(record)
+        for number, record in numbered:
+            waiting.append((number, record))
             yield record
 
     for result in read_ahead(store, remembered(), num_workers):
-        yield result, waiting.pop(0)
+        yield result, *waiting.popleft()
 
 
 def _digest(lines: Any) -> str:
@@ -286,8 +288,10 @@ class _ShardWriter:
         self._output, self._manifest, self._shard_bytes = output, manifest, shard_bytes
         self._open: dict[str, _OpenShard] = {}
 
-    def skip_written(self, records: Iterator[StudyRecord], bar: tqdm) -> Iterator[StudyRecord]:
-        """Yield the records that no whole shard holds yet.
+    def skip_written(
+        self, numbered: Iterator[tuple[int, StudyRecord]], bar: tqdm
+    ) -> Iterator[tuple[int, StudyRecord]]:
+        """Yield the numbered records that no whole shard holds yet.
 
         Raises:
             ValueError: If those before are not the ones that were written.
@@ -296,10 +300,10 @@ class _ShardWriter:
         for shard in self._manifest.shards:
             whole.setdefault(shard["part"], []).append(shard)
         taken: dict[str, list[Any]] = {part: [0, hashlib.sha256()] for part in whole}
-        for record in records:
+        for number, record in numbered:
             part = _part(record)
             if not whole.get(part):
-                yield record
+                yield number, record
                 continue
             count_and_digest = taken[part]
             count_and_digest[0] += 1

@@ -200,6 +200,16 @@ def test_an_image_that_cannot_be_read_is_told_without_its_name_where_names_are_r
     assert "DOE" not in source.reading.summary() + (tmp_path / "out/README.md").read_text() + capsys.readouterr().err
 
 
+def test_a_study_is_told_by_the_same_number_in_a_run_that_goes_on(tmp_path, records):
+    with pytest.raises(KeyboardInterrupt):
+        convert_set(opened(records), tmp_path / "out", StoreThatStops(), shard_bytes=1)
+    records[6].images[0].path.write_bytes(b"<html>")
+    for workers in (0, 2):
+        source = opened(records, on_bad="skip")
+        convert_set(source, tmp_path / "out", shard_bytes=1, num_workers=workers, resume=workers == 0)
+        assert "study number 7, in the order of the set" in source.reading.summary()
+
+
 def test_dicom_in_a_shard_loses_its_header_too(tmp_path):
     data = dicom_bytes(radiograph(radiograph_pixels(1)))
     record = StudyRecord("a", "made_up", "cxr", images=(ImageFile(None, data),))
