@@ -42,7 +42,7 @@ from m3fm.training.classify import (
     prepare_features,
 )
 from m3fm.training.features import FeatureCache
-from m3fm.training.runs import find_recipe, run_recipe
+from m3fm.training.recipe import find_recipe, run_recipe
 from m3fm.training.supervision import Examples
 
 # Set to its labels; none named: all that validation has often enough.

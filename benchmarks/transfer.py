@@ -29,7 +29,7 @@ from m3fm.evaluation.resampling import cluster_weights, compare_rows
 from m3fm.evaluation.runs import NOTICE, group_numbers, library_versions, write_json
 from m3fm.evaluation.tables import difference, markdown_table, number
 from m3fm.training.features import FeatureCache
-from m3fm.training.runs import find_recipe, run_recipe
+from m3fm.training.recipe import find_recipe, run_recipe
 
 # Where nothing is left out.
 NOTHING = "all"

@@ -160,10 +160,10 @@ def explain(args: Namespace) -> int:
 
 def train(args: Namespace) -> int:
     """Runs a recipe, or lists those that ship."""
-    from .training import runs
+    from .training.recipe import RECIPES, find_recipe, run_recipe
 
     if args.list:
-        for path in sorted(runs.RECIPES.glob("*.yaml")):
+        for path in sorted(RECIPES.glob("*.yaml")):
             first_line = path.read_text(encoding="utf-8").splitlines()[0]
             sys.stdout.write(f"{path.stem:<20} {first_line.removeprefix('#').strip()}\n")
         return 0
@@ -172,7 +172,7 @@ def train(args: Namespace) -> int:
         raise ValueError(
             "Expected a recipe beside `--name value` pairs: a YAML file, or one that `m3fm train --list` shows."
         )
-    facts = runs.run_recipe(runs.find_recipe(recipe), settings)
+    facts = run_recipe(find_recipe(recipe), settings)
     sys.stderr.write(f"results are in {facts['output_dir']}\n")
     return 0
 

@@ -357,7 +357,7 @@ def test_every_command_is_done_somewhere():
 
 def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("yaml")
-    from m3fm.training import runs
+    from m3fm.training import recipe as recipes
 
     called = []
 
@@ -365,13 +365,13 @@ def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
         called.append((path, overrides))
         return {"output_dir": "runs/mine"}
 
-    monkeypatch.setattr(runs, "run_recipe", run_recipe)
+    monkeypatch.setattr(recipes, "run_recipe", run_recipe)
     recipe = tmp_path / "mine.yaml"
     recipe.touch()
     assert main(["train", str(recipe), "--learning_rate", "1e-4", "--seed=3"]) == 0
     assert called[-1] == (recipe, ["--learning_rate", "1e-4", "--seed", "3"])
     assert capsys.readouterr().err == "results are in runs/mine\n"
-    shipped = runs.RECIPES / "tokenizer.yaml"
+    shipped = recipes.RECIPES / "tokenizer.yaml"
     for words in (["tokenizer", "--output_dir", "elsewhere"], ["--output_dir", "elsewhere", "tokenizer"]):
         assert main(["train", *words]) == 0
         assert called[-1] == (shipped, ["--output_dir", "elsewhere"])

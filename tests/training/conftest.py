@@ -14,7 +14,7 @@ from transformers import AutoModel, Trainer
 
 import m3fm
 from m3fm import M3FMConfig
-from m3fm.training.runs import run_recipe
+from m3fm.training.recipe import run_recipe
 
 SPLITS = dict.fromkeys((4, 5, 8, 9), "validation") | dict.fromkeys((12, 13), "test")
 REPORTS = {

@@ -23,7 +23,7 @@ from m3fm.training.align import (
     fit_positions,
     load_training_studies,
 )
-from m3fm.training.runs import run_recipe
+from m3fm.training.recipe import run_recipe
 
 pytest.importorskip("accelerate")
 

@@ -25,7 +25,7 @@ from m3fm.training.classify import (
 )
 from m3fm.training.features import FeatureCache
 from m3fm.training.generated_reports import hash_writer
-from m3fm.training.runs import find_recipe, run_recipe
+from m3fm.training.recipe import find_recipe, run_recipe
 from m3fm.training.supervision import UNCERTAIN, choose_balance, diagnosis_loss, make_examples, read_label_table
 
 pytest.importorskip("accelerate")

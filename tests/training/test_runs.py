@@ -8,17 +8,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from m3fm.training import align, runs, write
+from m3fm.training import align, write
+from m3fm.training import recipe as recipes
 from m3fm.training.align import AlignRecipe
-from m3fm.training.runs import (
-    KINDS,
-    RECIPES,
-    find_recipe,
-    latest_checkpoint,
-    plot_curves,
-    run_recipe,
-    train_or_resume,
-)
+from m3fm.training.recipe import KINDS, RECIPES, find_recipe, run_recipe
+from m3fm.training.runs import latest_checkpoint, plot_curves, train_or_resume
 
 pytest.importorskip("accelerate")
 
@@ -54,7 +48,7 @@ def test_recipes_that_ship_are_valid(path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.real, name)
 
-    real_import = runs.import_module
+    real_import = recipes.import_module
 
     def spy(name, package):
         module = Module()
@@ -62,7 +56,7 @@ def test_recipes_that_ship_are_valid(path, monkeypatch):
         module.run = lambda *values: parsed.append(values) or {}
         return module
 
-    monkeypatch.setattr(runs, "import_module", spy)
+    monkeypatch.setattr(recipes, "import_module", spy)
     run_recipe(path)
     assert type(parsed[0][0]).__name__ in {kind.dataclass for kind in KINDS.values()}
 

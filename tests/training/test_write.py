@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from m3fm import M3FMConfig
-from m3fm.training.runs import run_recipe
+from m3fm.training.recipe import run_recipe
 from m3fm.training.write import (
     Passage,
     TextBank,

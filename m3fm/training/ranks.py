@@ -1,0 +1,84 @@
+# Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
+"""The processes of one training run, of which there is one on a laptop: who they are, and what they tell each other.
+
+Letters: W ranks, R rows of one rank, which may differ from rank to rank.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+__all__ = ["all_sum", "gather_rows", "is_main", "main_first", "own_rows", "rank", "wait_for_all", "world_size"]
+
+
+def world_size() -> int:
+    """Returns how many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Returns the number of this process among them."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Tells whether this process writes what is written once."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has come here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Lets the main rank go through the block before the others: what it writes there, they find."""
+    if not is_main():
+        wait_for_all()
+    yield
+    if is_main():
+        wait_for_all()
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of all ranks in their order, (sum of R, ...), without gradient; R may differ, and be 0."""
+    if world_size() == 1:
+        return values.detach()
+    values = values.detach()
+    counts = _counts(values)
+    longest = max(counts)
+    padded = values.new_zeros(longest, *values.shape[1:])
+    padded[: len(values)] = values
+    # NCCL and Gloo move bytes as they are, but not every one of them bool.
+    as_bytes = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
+    parts = [torch.empty_like(as_bytes) for _ in counts]
+    distributed.all_gather(parts, as_bytes.contiguous())
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(values.dtype)
+
+
+def own_rows(values: torch.Tensor) -> slice:
+    """Returns where the rows of this rank stand in `gather_rows(values)`."""
+    if world_size() == 1:
+        return slice(0, len(values))
+    counts = _counts(values)
+    start = sum(counts[: rank()])
+    return slice(start, start + len(values))
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over all ranks, without gradient."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        distributed.all_reduce(total)
+    return total
+
+
+def _counts(values: torch.Tensor) -> list[int]:
+    count = torch.tensor([len(values)], device=values.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    distributed.all_gather(counts, count)
+    return [int(each) for each in counts]
