@@ -27,6 +27,9 @@ class M3FMOutput(ModelOutput):
         logits_per_text: (B_text, B_image).
         image_embeds: (B_image, D), unit norm.
         text_embeds: (B_text, D), unit norm.
+        logit_scale: The scale of the logits. It and the bias are here for losses over the batches of several
+            processes: what distributed training is to reduce has to be an output.
+        logit_bias: What is added to the logits, where `config.logit_bias_init_value` says there is one.
     """
 
     loss: torch.FloatTensor | None = None
@@ -34,6 +37,8 @@ class M3FMOutput(ModelOutput):
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    logit_bias: torch.FloatTensor | None = None
 
 
 class M3FMPreTrainedModel(PreTrainedModel):
@@ -57,6 +62,8 @@ class M3FMPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=module.queries.shape[-1] ** -0.5)
         elif isinstance(module, M3FMModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     @classmethod
     def from_pretrained(
@@ -117,7 +124,13 @@ class M3FMModel(M3FMPreTrainedModel):
     ```
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^prefix_projector\.", r"^support_memory$", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^decoder\.",
+        r"^prefix_projector\.",
+        r"^token_projector\.",
+        r"^support_memory$",
+        r"^classifier\.",
+    ]
 
     def __init__(self, config: M3FMConfig):
         super().__init__(config)
@@ -134,6 +147,8 @@ class M3FMModel(M3FMPreTrainedModel):
         )
         self.text_projection = nn.Linear(config.text_encoder_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.post_init()
 
     @property
@@ -177,6 +192,37 @@ class M3FMModel(M3FMPreTrainedModel):
         tokens = self.vision_model(pixel_values=pixel_values.flatten(0, 1)).last_hidden_state  # (B * N, S, C)
         return tokens.view(batch, images, *tokens.shape[1:])
 
+    def pool_studies(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pools all images of each study by the learned queries; arguments as for `get_image_features`.
+
+        Returns:
+            (B, Q, C).
+
+        Raises:
+            ValueError: As `get_image_features`.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Expected exactly one of pixel_values and vision_features.")
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        width = self.config.vision_config.hidden_size
+        if vision_features.dim() != 4 or vision_features.shape[-1] != width:
+            raise ValueError(
+                f"Expected vision_features of shape (B, N, S, {width}), got {tuple(vision_features.shape)}."
+            )
+        if image_mask is not None:
+            _check_image_mask(image_mask, vision_features.shape[:2])
+        return self.study_pooling(vision_features.to(self.study_pooling.queries.dtype), image_mask)
+
+    def embed_pooled(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Takes pooled studies (B, Q, C) to the shared space: (B, D), unit norm."""
+        return nn.functional.normalize(self.visual_projection(pooled.flatten(1)), dim=-1)
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -196,20 +242,7 @@ class M3FMModel(M3FMPreTrainedModel):
         Raises:
             ValueError: If not exactly one of `pixel_values` and `vision_features` is given, or on a wrong shape.
         """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Expected exactly one of pixel_values and vision_features.")
-        if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        width = self.config.vision_config.hidden_size
-        if vision_features.dim() != 4 or vision_features.shape[-1] != width:
-            raise ValueError(
-                f"Expected vision_features of shape (B, N, S, {width}), got {tuple(vision_features.shape)}."
-            )
-        if image_mask is not None:
-            _check_image_mask(image_mask, vision_features.shape[:2])
-        vision_features = vision_features.to(self.study_pooling.queries.dtype)
-        pooled = self.study_pooling(vision_features, image_mask)  # (B, Q, C)
-        return nn.functional.normalize(self.visual_projection(pooled.flatten(1)), dim=-1)
+        return self.embed_pooled(self.pool_studies(pixel_values, image_mask, vision_features))
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Embeds texts in the shared space: the projected mean of the encoder's token states.
@@ -266,14 +299,19 @@ class M3FMModel(M3FMPreTrainedModel):
         image_embeds = self.get_image_features(pixel_values, image_mask, vision_features) if has_images else None
         text_embeds = self.get_text_features(input_ids, attention_mask) if input_ids is not None else None
         loss = logits_per_text = logits_per_image = None
+        scale = self.logit_scale.exp()
         if image_embeds is not None and text_embeds is not None:
-            logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.t()  # (B_image, B_text)
+            logits_per_image = scale * image_embeds @ text_embeds.t()  # (B_image, B_text)
+            if self.logit_bias is not None:
+                logits_per_image = logits_per_image + self.logit_bias
             logits_per_text = logits_per_image.t()
         if return_loss:
             if logits_per_image is None or logits_per_image.shape[0] != logits_per_image.shape[1]:
                 raise ValueError("return_loss=True expected as many images as texts, pair by pair.")
             loss = contrastive_loss(logits_per_image)
-        return M3FMOutput(loss, logits_per_image, logits_per_text, image_embeds, text_embeds)
+        # A parameter that is an output itself, distributed training would take for an unused one.
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        return M3FMOutput(loss, logits_per_image, logits_per_text, image_embeds, text_embeds, scale, bias)
 
 
 def _check_image_mask(image_mask: torch.Tensor, shape: torch.Size) -> None:

@@ -76,9 +76,13 @@ class M3FMConfig(PreTrainedConfig):
         num_pooling_queries: Learned queries that pool the tokens of all images of a study.
         projection_hidden_size: Width of the hidden layer between the pooled study and the shared space.
         num_prefix_tokens: Decoder positions P that one shared-space embedding is unfolded into.
-        image_token_id: Placeholder id of those positions.
+        num_image_tokens: Decoder positions K in front of these, of an image alone: they take the first K pooled
+            queries of the study, of which a text has none. 0: a report is written from the embedding alone.
+        image_token_id: Placeholder id of all those positions.
         language_token_ids: Language code to the token that asks the decoder for it; the memory is in their order.
         logit_scale_init_value: Initial value of the log temperature; CLIP's ln(1 / 0.07).
+        logit_bias_init_value: Initial value of a bias on the logits, as the sigmoid loss needs it (SigLIP 2023, section
+            3.2: -10, beside a scale of ln(10)); None: there is no bias.
         support_memory_size: Embeddings M of training reports kept per language; 0 keeps none, and image embeddings
             then reach the decoder as they are.
         support_temperature: Temperature of the softmax over the memory (DeCap 2023, section 3.3).
@@ -114,9 +118,11 @@ class M3FMConfig(PreTrainedConfig):
     num_pooling_queries: int = 8
     projection_hidden_size: int = 512
     num_prefix_tokens: int = 4
+    num_image_tokens: int = 0
     image_token_id: int = 4
     language_token_ids: dict[str, int] | None = None
     logit_scale_init_value: float = 2.6592
+    logit_bias_init_value: float | None = None
     support_memory_size: int = 1024
     support_temperature: float = 0.02
     text_noise_std: float = 0.3
@@ -161,6 +167,11 @@ class M3FMConfig(PreTrainedConfig):
         for name, low in (("support_memory_size", 0), ("text_noise_std", 0.0)):
             if getattr(self, name) < low:
                 raise ValueError(f"M3FMConfig expected {name} >= {low}, got {getattr(self, name)}.")
+        if not 0 <= self.num_image_tokens <= self.num_pooling_queries:
+            raise ValueError(
+                f"M3FMConfig expected 0 <= num_image_tokens <= num_pooling_queries={self.num_pooling_queries}, got "
+                f"{self.num_image_tokens}."
+            )
         if self.support_temperature <= 0:
             raise ValueError(f"M3FMConfig expected support_temperature > 0, got {self.support_temperature}.")
         if not 0 <= self.projection_dropout < 1:

@@ -12,8 +12,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from m3fm import M3FMImageProcessor, M3FMModel, M3FMProcessor, M3FMReportPipeline
 from m3fm.data import Study
-from m3fm.training.align import AlignCollator, AlignRecipe
+from m3fm.training.align_batches import AlignCollator
 from m3fm.training.features import FeatureCache
+from m3fm.training.study_images import CachedTokens, Images, StudyPixels
 
 
 @pytest.fixture
@@ -30,6 +31,12 @@ def image_files(tmp_path: Path) -> list[Path]:
 
 def study(*images: Path) -> Study:
     return Study("1", "made-up", "cxr", images, None, {"en": "Clear lungs."}, None, "train")
+
+
+def collator_of(processor: M3FMProcessor, images: Images | None = None) -> AlignCollator:
+    images = images or StudyPixels(processor.image_processor)
+    blank = {"pixel_values": torch.zeros(1, 1, 3, 28, 28), "image_mask": torch.ones(1, 1, dtype=torch.bool)}
+    return AlignCollator(images, blank, processor.tokenizer, ("en", "zh"))
 
 
 def test_images_and_texts_in_one_call(tiny_processor, tiny_model, image_files):
@@ -83,8 +90,7 @@ def test_survives_a_folder(tiny_processor, tiny_checkpoint, image_files):
 
 def test_training_and_serving_give_the_same_pixels(tiny_model, tiny_processor, image_files):
     served = M3FMReportPipeline(model=tiny_model, processor=tiny_processor)
-    recipe = AlignRecipe(freeze_vision=False)
-    collator = AlignCollator(tiny_processor, ("en", "zh"), recipe, cache=None)
+    collator = collator_of(tiny_processor)
     trained = collator([study(*image_files), study(image_files[0])])
     captured = {}
     tower = tiny_model.model.get_vision_features
@@ -107,7 +113,7 @@ def test_cached_tokens_are_those_of_serving(tiny_model, tiny_processor, image_fi
     cache = FeatureCache(tmp_path / "cache", model.vision_model, tiny_processor.image_processor)
     both = study(*image_files)
     cache.fill([both])
-    collator = AlignCollator(tiny_processor, ("en", "zh"), AlignRecipe(freeze_vision=True), cache)
+    collator = collator_of(tiny_processor, CachedTokens(cache))
     cached = collator([both, study(image_files[1])])
     pixels = tiny_processor(images=[image_files, [image_files[1]]], return_tensors="pt")
     assert torch.equal(cached["image_mask"], pixels["image_mask"])
@@ -121,7 +127,7 @@ def test_cached_tokens_are_those_of_serving(tiny_model, tiny_processor, image_fi
 
 
 def test_training_and_serving_give_the_same_tokens(tiny_processor):
-    collator = AlignCollator(tiny_processor, ("en", "zh"), AlignRecipe(freeze_vision=False), cache=None)
+    collator = collator_of(tiny_processor)
     reports = {"en": "The heart size is normal.", "zh": "心影大小正常。"}
     trained = collator([Study("1", "made-up", "cxr", (), None, reports, None, "train")])
     served = tiny_processor(text=list(reports.values()), return_tensors="pt")

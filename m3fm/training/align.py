@@ -1,10 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Stage 1: MultiMedCLIP. Chest images, English and Chinese meet in one space, English being the pivot.
 
-What one example brings to a batch depends on what its set has: an image and its report, an image and its labels, a
-report in two languages. All of them share one batch and one loss (`losses.soft_contrastive_loss`).
+The contrastive batch is what all processes see in one step: `per_device_train_batch_size` studies, times
+`gradient_accumulation_steps` micro-batches, times the processes. Memory hangs on the first of these alone.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainingArguments, set_seed
 
+from ..adapters import save_adapter
 from ..configuration_m3fm import M3FMConfig
-from ..data import ParallelPair, Study, finding_sentence, finding_table, label_vector, load_parallel, load_studies
+from ..data import ParallelPair, Study, load_parallel, load_studies
 from ..data.studies import training_part
-from ..evaluation.retrieval import retrieval_recall, same_text
 from ..image_processing_m3fm import M3FMImageProcessor
 from ..modeling_m3fm import M3FMModel
 from ..processing_m3fm import M3FMProcessor
+from .align_batches import AlignCollator
+from .align_scores import AlignValidation
+from .augmentation import Augmentation
+from .backbones import load_text_encoder, load_tokenizer, load_vision_tower
 from .features import FeatureCache
-from .losses import Items, soft_contrastive_loss, soft_targets
-from .runs import ScoredTrainer, batch_generator, check_single_device, finish_run, train_or_resume
+from .feed import FeedTrainer
+from .gradient_cache import Embeddings, GradientCache
+from .objective import LOSSES, AlignmentObjective
+from .ranks import is_main, main_first, world_size
+from .runs import RunOptions, ScoredTrainer, finish_run, train_or_resume
+from .samplers import BalancedDraws, EveryStudy, StepBuckets, count_tokens
+from .settings import checked_block
+from .study_images import CachedTokens, StudyPixels
+from .towers import LoraBlock, has_lora, merge_lora, parameter_groups, set_training
 
-MODALITIES = ("cxr", "ct")
+BALANCES = ("source", "modality", "languages")
+_IMAGES = ("vision_features", "pixel_values", "image_mask")
+_TEXTS = ("input_ids", "attention_mask")
+# SigLIP starts from a scale of 10 and a bias that makes every pair a negative (Zhai et al., ICCV 2023, section 3.2).
+_SIGMOID_START = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}
 
 
 @dataclass
@@ -45,16 +55,29 @@ class AlignRecipe:
         text_sets: Sets with reports and labels but no images, and their repeats.
         parallel_sets: Sets whose studies get their translation from parallel text; their `text_sets` entry counts.
         exclude: Ids of studies that are left out.
+        balance: What an epoch is balanced over, of source, modality and languages; nothing: every study once.
+        balance_temperature: See `m3fm.training.samplers.BalancedDraws`: 1 keeps the shares of the groups, more makes
+            small ones larger.
         vision_model: Pretrained image tower, a folder or a hub name.
-        tokenizer: Folder of the bilingual tokenizer.
+        text_encoder: Pretrained text encoder, likewise; empty: a new one by `model.text_encoder_config`.
+        tokenizer: Folder or hub name of the tokenizer of all languages.
+        languages: Codes, the pivot first.
         model: Values of `M3FMConfig`, sub-configs included.
         processor: Settings of `M3FMImageProcessor`.
-        freeze_vision: Whether the image tower stays as it is; its tokens are then computed once.
-        feature_cache: Folder for those tokens.
+        vision_training: "frozen" (its tokens are computed once), "full", "lora", or "last_N": the last N blocks.
+        text_training: Likewise of the text encoder.
+        lora: How, where a tower is trained by LoRA.
+        layer_decay: Factor of the learning rate from each block of a tower to the one below it.
+        learning_rates: Factors of the learning rate by part: vision_model, text_encoder, ...
+        augment: Whether images of a trained tower are augmented: "none" or "standard".
+        feature_cache: Folder for the tokens of a frozen tower.
         max_text_length: Tokens of a text that are read.
         label_share: How often a study with images and a report is described by its labels instead.
-        translation_weight: Weight of the loss between languages.
+        loss: "infonce" or "sigmoid", see `m3fm.training.objective.AlignmentObjective`.
+        translation_weight: Weight of the contrastive loss between languages.
         translation_temperature: Its temperature, which is not learned.
+        translation_mse_weight: Weight of the squared distance of a translation to the English embedding.
+        loss_rows: Rows of the loss that are computed at once.
     """
 
     data_root: str = "../shared/data"
@@ -62,22 +85,45 @@ class AlignRecipe:
     text_sets: dict[str, int] = field(default_factory=dict)
     parallel_sets: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
+    balance: list[str] = field(default_factory=list)
+    balance_temperature: float = 2.0
     vision_model: str = "facebook/dinov2-small"
+    text_encoder: str = ""
     tokenizer: str = ""
+    languages: list[str] = field(default_factory=lambda: ["en", "zh"])
     model: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
-    freeze_vision: bool = True
+    vision_training: str = "frozen"
+    text_training: str = "full"
+    lora: LoraBlock = field(default_factory=LoraBlock)
+    layer_decay: float = 1.0
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    augment: str = "none"
     feature_cache: str = "runs/features"
     max_text_length: int = 128
     label_share: float = 0.25
+    loss: str = "infonce"
     translation_weight: float = 1.0
     translation_temperature: float = 0.03
+    translation_mse_weight: float = 0.0
+    loss_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        self.lora = checked_block(LoraBlock, self.lora, "lora")
+        if self.augment not in ("none", "standard"):
+            raise ValueError(f"augment: got {self.augment!r}, expected none or standard.")
+        if unknown := sorted(set(self.balance) - set(BALANCES)):
+            raise ValueError(f"balance: got {unknown}, expected any of {list(BALANCES)}.")
+        if self.vision_training == "frozen" and self.augment != "none":
+            raise ValueError("The tokens of a frozen tower are computed once: expected augment: none.")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: got {self.loss!r}, expected one of {list(LOSSES)}.")
 
 
 class StudyDataset(Dataset):
     """Serves studies as they are; the collator decides what becomes of them."""
 
-    def __init__(self, studies: list[Study]):
+    def __init__(self, studies: Sequence[Study]):
         self.studies = studies
 
     def __len__(self) -> int:
@@ -87,242 +133,82 @@ class StudyDataset(Dataset):
         return self.studies[index]
 
 
-class AlignCollator:
-    """Turns studies into images, texts and what the targets need to know of them.
+class AlignTrainer(ScoredTrainer, FeedTrainer):
+    """Trains with the loss of all micro-batches of a step and of all processes; is scored by retrieval and diagnosis.
 
-    A study without a report gets a sentence made of its labels in every language, anew each time it is drawn; one with
-    images, a report and labels now and then, so that its findings can be asked for by name.
+    `gradient_accumulation_steps` makes the contrastive batch larger, and not several of them: see `gradient_cache.py`.
+
+    Args:
+        args: What `Trainer` takes.
+        recipe: Of the loss and of learning rates.
+        kwargs: What `Trainer` and its bases here take by name.
     """
-
-    def __init__(self, processor: M3FMProcessor, languages: tuple[str, ...], recipe: AlignRecipe, cache: FeatureCache):
-        self.processor = processor
-        self.languages = languages
-        self.max_length = recipe.max_text_length
-        self.label_share = recipe.label_share
-        self.cache = cache if recipe.freeze_vision else None
-
-    def __call__(self, studies: list[Study]) -> dict[str, Any]:
-        """Collates `studies` into the inputs of `AlignTrainer`."""
-        rng = batch_generator(f"{study.source}/{study.study_id}" for study in studies)
-        speaks_by_labels = [self._speaks_by_labels(study, rng) for study in studies]
-        texts = [
-            self._label_sentences(study, rng) if by_labels else self._reports(study)
-            for study, by_labels in zip(studies, speaks_by_labels, strict=True)
-        ]
-        rows = [(i, language, text) for i, by_language in enumerate(texts) for language, text in by_language.items()]
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(text for _, _, text in rows))}
-        tokens = self.processor.tokenizer(
-            [text for _, _, text in rows],
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        findings = [label_vector(study.findings) for study in studies]
-        batch = {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "text_study": torch.tensor([i for i, _, _ in rows]),
-            "text_number": torch.tensor([numbers[text] for _, _, text in rows]),
-            "text_language": torch.tensor([self.languages.index(language) for _, language, _ in rows]),
-            "image_study": torch.tensor([i for i, study in enumerate(studies) if study.images]),
-            "modality": torch.tensor([MODALITIES.index(study.modality) for study in studies]),
-            "values": torch.tensor(np.stack([values for values, _ in findings])),
-            "known": torch.tensor(np.stack([known for _, known in findings])),
-            "has_report": ~torch.tensor(speaks_by_labels),
-        }
-        return batch | self._images([study for study in studies if study.images])
-
-    def _reports(self, study: Study) -> dict[str, str]:
-        return {language: study.reports[language] for language in self.languages if language in study.reports}
-
-    def _speaks_by_labels(self, study: Study, rng: np.random.Generator) -> bool:
-        if not study.findings:
-            return False
-        return not self._reports(study) or (bool(study.images) and rng.random() < self.label_share)
-
-    def _label_sentences(self, study: Study, rng: np.random.Generator) -> dict[str, str]:
-        # The same seed gives the same choice of phrases in every language: the sentences are translations.
-        seed = int(rng.integers(2**31))
-        return {
-            language: finding_sentence(study.findings, language, np.random.default_rng(seed))
-            for language in self.languages
-        }
-
-    def _images(self, studies: list[Study]) -> dict[str, torch.Tensor]:
-        if not studies:
-            return {}
-        if self.cache is None:
-            return dict(self.processor.image_processor([list(s.images) for s in studies], return_tensors="pt"))
-        tokens = [self.cache.get(study) for study in studies]
-        longest = max(len(each) for each in tokens)
-        features = np.zeros((len(tokens), longest, *tokens[0].shape[1:]), dtype=np.float16)  # (I, N, S, C)
-        mask = np.zeros((len(tokens), longest), dtype=bool)
-        for row, each in enumerate(tokens):
-            features[row, : len(each)], mask[row, : len(each)] = each, True
-        return {"vision_features": torch.from_numpy(features).float(), "image_mask": torch.from_numpy(mask)}
-
-
-class AlignTrainer(ScoredTrainer):
-    """Trains with the contrastive loss of stage 1; its scores are retrieval and zero-shot diagnosis."""
 
     def __init__(self, *args: Any, recipe: AlignRecipe, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recipe = recipe
+        objective = AlignmentObjective(
+            recipe.loss,
+            recipe.translation_weight,
+            recipe.translation_temperature,
+            recipe.translation_mse_weight,
+            recipe.loss_rows,
+        )
+        self._cache = GradientCache(self._embed, objective)
+        self._micro_batches: list[Mapping[str, Any]] = []
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer of the arguments, with a learning rate for each part and depth."""
+        if self.optimizer is None:
+            kind, values = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = parameter_groups(
+                self.model if model is None else model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                self.recipe.layer_decay,
+                self.recipe.learning_rates,
+            )
+            self.optimizer = kind(groups, **values)
+        return self.optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Returns the micro-batches of a step, and keeps them: the loss is that of all of them."""
+        self._micro_batches, count = super().get_batch_samples(*args, **kwargs)
+        return self._micro_batches, count
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Goes back through one micro-batch; before the first one of a step, computes the loss of all."""
+        model.train()
+        if self._cache.is_spent:
+            with torch.no_grad():
+                # CLIP's ceiling of 100 on the inverse temperature.
+                self.accelerator.unwrap_model(model).logit_scale.clamp_(max=math.log(100))
+            batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
+            facts = [batch["facts"].to(self.args.device) for batch in batches]
+            self._cache.begin(model, batches, facts)
+        super().training_step(model, inputs, *args, **kwargs)
+        return self._loss / len(self._micro_batches)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Computes image-English, image-Chinese and English-Chinese alignment of one mixed batch."""
-        # Not through `model(...)`, which would wrap this in autocast: texts are embedded in several calls.
-        with self.accelerator.autocast():
-            image_names = [name for name in ("vision_features", "pixel_values", "image_mask") if name in inputs]
-            image_embeds = model.get_image_features(**{n: inputs[n] for n in image_names}) if image_names else None
-            text_embeds = _embed_by_length(model, inputs["input_ids"], inputs["attention_mask"])  # (J, D)
-        losses = self._losses(inputs, image_embeds, text_embeds, model.logit_scale.exp())
-        # A small batch may hold texts of one language alone, which say nothing.
-        loss = torch.stack(losses).sum() if losses else text_embeds.sum() * 0.0
-        return (loss, {"image_embeds": image_embeds, "text_embeds": text_embeds}) if return_outputs else loss
+        """Returns what has the gradient of the loss by way of the next micro-batch of the step."""
+        surrogate, gradients = self._cache.next_surrogate(model)
+        self._loss = gradients.loss
+        # `Trainer` divides by it, for the mean over micro-batches; this loss is of all of them.
+        surrogate = surrogate * self.current_gradient_accumulation_steps
+        return (surrogate, None) if return_outputs else surrogate
 
-    def _losses(
-        self,
-        inputs: dict[str, torch.Tensor],
-        image_embeds: torch.Tensor | None,
-        text_embeds: torch.Tensor,
-        scale: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        texts = _text_items(inputs)
-        text_embeds = text_embeds.float()
-        sides = [inputs["text_language"] == language for language in range(len(self.validation.languages))]
-        losses = []
-        if image_embeds is not None:
-            images = _image_items(inputs)
-            for side in sides:
-                if side.any():
-                    logits = scale * image_embeds.float() @ text_embeds[side].t()
-                    losses.append(soft_contrastive_loss(logits, *soft_targets(images, texts.select(side))))
-        pivot = sides[0]
-        for side in sides[1:]:
-            if side.any() and pivot.any():
-                # The learned temperature is held high by label targets, to which many studies are alike; translations
-                # are one to one and need a low one.
-                logits = text_embeds[pivot] @ text_embeds[side].t() / self.recipe.translation_temperature
-                targets = soft_targets(texts.select(pivot), texts.select(side))
-                losses.append(self.recipe.translation_weight * soft_contrastive_loss(logits, *targets))
-        return losses
-
-    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Takes a step with CLIP's ceiling of 100 on the inverse temperature."""
-        with torch.no_grad():
-            self.accelerator.unwrap_model(model).logit_scale.clamp_(max=float(np.log(100)))
-        return super().training_step(model, *args, **kwargs)
+    def _embed(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Embeddings:
+        # A context of its own: autocast keeps what it cast, and what it cast without a graph has none later on.
+        with self.compute_loss_context_manager():
+            outputs = model(**{name: batch[name] for name in (*_IMAGES, *_TEXTS) if name in batch})
+        images = outputs.image_embeds[: len(batch["facts"].image_study)]  # all but a blank one
+        return Embeddings(images.float(), outputs.text_embeds.float(), outputs.logit_scale, outputs.logit_bias)
 
 
-def _embed_by_length(
-    model: M3FMModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, chunk: int = 64
-) -> torch.Tensor:
-    """Embeds texts (J, T) in chunks of like length: reports differ so much in length that half would be padding."""
-    lengths = attention_mask.sum(dim=1)
-    order = lengths.argsort()
-    embeds = []
-    for rows in order.split(chunk):
-        longest = int(lengths[rows].max())
-        embeds.append(model.get_text_features(input_ids[rows, :longest], attention_mask[rows, :longest]))
-    return torch.cat(embeds)[order.argsort()]
-
-
-def _text_items(inputs: dict[str, torch.Tensor]) -> Items:
-    rows = inputs["text_study"]
-    columns = (inputs[name][rows] for name in ("modality", "values", "known", "has_report"))
-    return Items(rows, inputs["text_number"], *columns)
-
-
-def _image_items(inputs: dict[str, torch.Tensor]) -> Items:
-    rows = inputs["image_study"]
-    columns = (inputs[name][rows] for name in ("modality", "values", "known", "has_report"))
-    return Items(rows, torch.full_like(rows, -1), *columns)
-
-
-class AlignValidation:
-    """Scores MultiMedCLIP on validation studies: image-to-report and cross-lingual retrieval, zero-shot diagnosis."""
-
-    # A label is scored where it has at least this many studies on either side.
-    minimum = 5
-
-    def __init__(self, studies: list[Study], pairs: list[ParallelPair], collator: AlignCollator):
-        self.studies = [study for study in studies if study.images]
-        self.pairs = pairs
-        self.collator = collator
-        self.languages = collator.languages
-
-    @torch.inference_mode()
-    def score(self, model: M3FMModel) -> dict[str, float]:
-        """Returns recalls (`r10_image_en`, ...), `r1_en_zh`, and AUROCs per set and on average."""
-        model.eval()
-        scores = {}
-        if self.studies:
-            embeds = self._image_embeds(model)
-            scores |= self._retrieval(model, embeds) | self._zero_shot(model, embeds)
-        if self.pairs and len(self.languages) > 1:
-            texts = [self._embed(model, [pair.texts[code] for pair in self.pairs]) for code in self.languages[:2]]
-            recalls = retrieval_recall(texts[0], texts[1], ks=(1,))
-            scores["r1_en_zh"] = recalls["forward"]["recall@1"]
-        return scores
-
-    def _image_embeds(self, model: M3FMModel) -> np.ndarray:
-        chunks = []
-        for start in range(0, len(self.studies), 64):
-            images = self.collator._images(self.studies[start : start + 64])
-            images = {name: value.to(model.device) for name, value in images.items()}
-            chunks.append(model.get_image_features(**images).float().cpu().numpy())
-        return np.concatenate(chunks)
-
-    def _embed(self, model: M3FMModel, texts: list[str]) -> np.ndarray:
-        chunks = []
-        for start in range(0, len(texts), 64):
-            tokens = self.collator.processor.tokenizer(
-                texts[start : start + 64],
-                padding=True,
-                truncation=True,
-                max_length=self.collator.max_length,
-                return_tensors="pt",
-            ).to(model.device)
-            chunks.append(model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu().numpy())
-        return np.concatenate(chunks)
-
-    def _retrieval(self, model: M3FMModel, embeds: np.ndarray) -> dict[str, float]:
-        # Where every report exists in all languages: elsewhere short notes would make the gallery easy.
-        rows = [i for i, study in enumerate(self.studies) if len(study.reports) == len(self.languages)]
-        scores = {}
-        for language in self.languages if rows else ():
-            texts = [self.studies[i].reports[language] for i in rows]
-            recalls = retrieval_recall(embeds[rows], self._embed(model, texts), ks=(1, 10), positives=same_text(texts))
-            scores[f"r10_image_{language}"] = recalls["forward"]["recall@10"]
-        return scores
-
-    def _zero_shot(self, model: M3FMModel, embeds: np.ndarray) -> dict[str, float]:
-        from sklearn.metrics import roc_auc_score
-
-        table = finding_table()
-        scores = {}
-        for source in sorted({study.source for study in self.studies}):
-            rows = [i for i, study in enumerate(self.studies) if study.source == source]
-            areas = []
-            for name, finding in table.items():
-                known = [i for i in rows if name in (self.studies[i].findings or {})]
-                truth = np.array([self.studies[i].findings[name] for i in known])
-                if min(truth.sum(), (1 - truth).sum(), len(truth)) < self.minimum:
-                    continue
-                margin = np.zeros(len(known))
-                for language in self.languages:
-                    present = self._embed(model, list(finding.present[language])).mean(axis=0)
-                    absent = self._embed(model, list(finding.absent[language])).mean(axis=0)
-                    margin += embeds[known] @ (present - absent)
-                areas.append(roc_auc_score(truth, margin))
-            if areas:
-                scores[f"auroc_{source}"] = float(np.mean(areas))
-        scores["auroc"] = float(np.mean(list(scores.values()))) if scores else float("nan")
-        return scores
+# --------------------------------------------------------------------------------------------------------------------
+# What is learned
 
 
 def load_training_studies(recipe: AlignRecipe) -> tuple[list[Study], list[Study], list[ParallelPair]]:
@@ -369,70 +255,150 @@ def _with_translations(studies: list[Study], pairs: list[ParallelPair]) -> tuple
     return studies + added, [pair for pair in pairs if pair.split == "validation" and pair.study_id in by_id]
 
 
-@torch.no_grad()
-def fit_positions(tower: PreTrainedModel, height: int, width: int) -> None:
-    """Resamples a ViT's table of positions to square images of the size it will see.
+def study_draws(studies: Sequence[Study], recipe: AlignRecipe) -> EveryStudy | BalancedDraws:
+    """Returns what an epoch is made of: every study once, or groups of them balanced as the recipe says."""
+    if not recipe.balance:
+        return EveryStudy(len(studies))
+    of_study = {
+        "source": lambda study: study.source,
+        "modality": lambda study: study.modality,
+        "languages": lambda study: tuple(sorted(study.reports)),
+    }
+    groups = [tuple(of_study[name](study) for name in recipe.balance) for study in studies]
+    return BalancedDraws(groups, recipe.balance_temperature)
 
-    The tower would do so at every step; done once, a checkpoint of DINOv2 keeps 256 positions instead of 1,369. Towers
-    that cannot resample theirs are left alone.
+
+def make_batches(
+    studies: Sequence[Study], collator: AlignCollator, recipe: AlignRecipe, arguments: TrainingArguments
+) -> StepBuckets:
+    """Returns the micro-batches of a run.
+
+    Raises:
+        ValueError: If there are not enough studies for one micro-batch of each process.
     """
-    embeddings = getattr(tower, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    if not hasattr(embeddings, "interpolate_pos_encoding") or table is None or height != width:
-        return
-    patches = (height // tower.config.patch_size) * (width // tower.config.patch_size)
-    places = torch.zeros(1, 1 + patches, table.shape[-1])
-    embeddings.position_embeddings = torch.nn.Parameter(embeddings.interpolate_pos_encoding(places, height, width))
-    tower.config.image_size = height
+    needed = arguments.train_batch_size * world_size()
+    if len(studies) < needed:
+        raise ValueError(
+            f"Expected at least {needed} training studies, one micro-batch of {arguments.train_batch_size} for each "
+            f"of {world_size()} processes, got {len(studies)}: lower per_device_train_batch_size, or add sets."
+        )
+    with main_first():
+        lengths = count_tokens(
+            [collator.longest_text(study) for study in studies], collator.tokenizer, recipe.feature_cache
+        )
+    return StepBuckets(
+        np.minimum(lengths, recipe.max_text_length),
+        arguments.train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.seed,
+        world_size(),
+        study_draws(studies, recipe),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model and the run
 
 
 def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
-    """Builds MultiMedCLIP on the pretrained image tower, the text side new."""
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-    processor = M3FMProcessor(M3FMImageProcessor(**recipe.processor), tokenizer)
-    vision_config = AutoConfig.from_pretrained(recipe.vision_model)
-    model = M3FMModel(M3FMConfig(vision_config=vision_config, **recipe.model))
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_text_tokens or tokenizer.model_max_length)
-    model.vision_model = AutoModel.from_pretrained(recipe.vision_model, dtype=torch.float32, use_safetensors=True)
-    fit_positions(
-        model.vision_model, processor.image_processor.size["height"], processor.image_processor.size["width"]
+    """Builds MultiMedCLIP on the pretrained image tower; the text encoder is pretrained where the recipe names one.
+
+    Raises:
+        ValueError: If a backbone does not fit, saying what to change.
+    """
+    tokenizer, image_token_id, language_token_ids = load_tokenizer(recipe.tokenizer, recipe.languages)
+    image_processor = M3FMImageProcessor(**recipe.processor)
+    vision = load_vision_tower(recipe.vision_model, image_processor.size["height"], image_processor.size["width"])
+    values = dict(recipe.model)
+    if recipe.loss == "sigmoid":
+        values = _SIGMOID_START | values
+    text_encoder = None
+    if recipe.text_encoder:
+        if "text_encoder_config" in values:
+            raise ValueError(
+                f"Got text_encoder {recipe.text_encoder!r} and model.text_encoder_config: expected one of them."
+            )
+        text_encoder = load_text_encoder(recipe.text_encoder, tokenizer)
+        values["text_encoder_config"] = text_encoder.config
+    model = M3FMModel(
+        M3FMConfig(
+            vision_config=vision.config,
+            image_token_id=image_token_id,
+            language_token_ids=language_token_ids,
+            **values,
+        )
     )
-    model.config.vision_config.image_size = model.vision_model.config.image_size
-    model.vision_model.requires_grad_(not recipe.freeze_vision)
-    return model, processor
+    model.vision_model = vision
+    if text_encoder is not None:
+        model.text_encoder = text_encoder
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.max_text_tokens or tokenizer.model_max_length)
+    if recipe.max_text_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_text_length: got {recipe.max_text_length}, expected at most {tokenizer.model_max_length}, the "
+            "positions of the text encoder."
+        )
+    set_training(model.vision_model, recipe.vision_training, recipe.lora, "vision_training")
+    set_training(model.text_encoder, recipe.text_training, recipe.lora, "text_training")
+    return model, M3FMProcessor(image_processor, tokenizer)
 
 
-def run(recipe: AlignRecipe, arguments: TrainingArguments) -> dict[str, Any]:
+def make_collator(
+    model: M3FMModel, processor: M3FMProcessor, recipe: AlignRecipe, studies: Sequence[Study], seed: int
+) -> AlignCollator:
+    """Returns the collator; of a frozen tower, once it has seen the images of all `studies`."""
+    size = processor.image_processor.size
+    blank = {"pixel_values": torch.zeros(1, 1, 3, size["height"], size["width"])}
+    if recipe.vision_training == "frozen":
+        cache = FeatureCache(Path(recipe.feature_cache), model.vision_model, processor.image_processor)
+        with main_first():
+            cache.fill(studies)
+        images = CachedTokens(cache)
+        with torch.inference_mode():
+            pixels = blank["pixel_values"].to(model.device)
+            blank = {"vision_features": torch.zeros_like(model.get_vision_features(pixels)).cpu()}
+    else:
+        augmentation = Augmentation() if recipe.augment == "standard" else None
+        images = StudyPixels(processor.image_processor, augmentation=augmentation)
+    blank["image_mask"] = torch.ones(1, 1, dtype=torch.bool)
+    return AlignCollator(
+        images, blank, processor.tokenizer, model.config.languages, recipe.max_text_length, recipe.label_share, seed
+    )
+
+
+def run(recipe: AlignRecipe, arguments: TrainingArguments, options: RunOptions | None = None) -> dict[str, Any]:
     """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves.
 
     Raises:
-        ValueError: In a run on several devices, whose batches would not see each other's negatives.
+        ValueError: If a backbone does not fit, there are too few studies, or the output folder holds another run.
     """
-    check_single_device(arguments)
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False
+    if arguments.ddp_find_unused_parameters is None:  # a batch without images has a blank one
+        arguments.ddp_find_unused_parameters = False
     model, processor = build_model(recipe)
     model.to(arguments.device)
     train, validation_studies, pairs = load_training_studies(recipe)
-    cache = FeatureCache(Path(recipe.feature_cache), model.vision_model, processor.image_processor)
-    if recipe.freeze_vision:
-        cache.fill(train + validation_studies)
-    collator = AlignCollator(processor, model.config.languages, recipe, cache)
-    validation = AlignValidation(validation_studies, pairs, collator)
+    collator = make_collator(model, processor, recipe, train + validation_studies, arguments.seed)
     trainer = AlignTrainer(
         model=model,
         args=arguments,
+        options=options,
         train_dataset=StudyDataset(train),
         eval_dataset=StudyDataset(validation_studies),
         data_collator=collator,
         processing_class=processor,
         recipe=recipe,
-        validation=validation,
+        batches=make_batches(train, collator, recipe, arguments),
+        validation=AlignValidation(validation_studies, pairs, collator),
     )
     train_or_resume(trainer, recipe)
+    if has_lora(model) and is_main():
+        save_adapter(model, Path(arguments.output_dir) / "adapter")
+    merge_lora(model)
     facts = {
         "stage": "align",
-        "vision": "frozen, tokens cached" if recipe.freeze_vision else "trained",
+        "vision": "frozen, tokens cached" if recipe.vision_training == "frozen" else recipe.vision_training,
+        "contrastive_batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * world_size(),
         "train_studies": len({(study.source, study.study_id) for study in train}),
         "validation_studies": len(validation_studies),
     }

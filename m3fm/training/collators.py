@@ -5,7 +5,7 @@ A collator has two parts, the images of a batch and what the model is told besid
 `StudyRecord` or rows of `datasets`, and goes into a `DataLoader` with workers or into `transformers.Trainer` with
 `remove_unused_columns=False`.
 
-Letters: B studies, T tokens, L findings, P places of the image in a prompt.
+Letters: B studies, T tokens, L findings, P places of the embedding in a prompt, K of further image tokens.
 """
 
 import copy
@@ -20,6 +20,7 @@ from ..configuration_m3fm import M3FMConfig
 from ..data import FINDINGS, Study, finding_sentence
 from ..data.schema import LANGUAGES, StudyRecord
 from .fed_studies import Draw, FedStudy, fed_study, finding_targets
+from .samplers import shared_epoch
 from .study_images import Images
 from .supervision import UNCERTAIN_POLICIES
 
@@ -57,7 +58,7 @@ class StudyCollator:
         self.images = images
         self.targets = targets
         self.seed = seed
-        self._epoch = _shared_epoch()
+        self._epoch = shared_epoch()
 
     @property
     def epoch(self) -> int:
@@ -75,7 +76,7 @@ class StudyCollator:
         """
         plain = copy.copy(self)
         plain.images = self.images.for_evaluation()
-        plain._epoch = _shared_epoch()
+        plain._epoch = shared_epoch()
         return plain
 
     def __call__(self, items: Sequence[Study | StudyRecord | Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,7 +118,9 @@ class ReportTexts:
         self.languages = tuple(config.languages)
         self.language = _known_language(language, self.languages)
         self.max_length = max_length
-        places = [config.image_token_id] * config.num_prefix_tokens
+        self.num_image_tokens = config.num_image_tokens
+        self._place = config.image_token_id
+        places = [self._place] * config.num_prefix_tokens
         self._prompts = {code: [*places, config.language_token_ids[code]] for code in self.languages}
 
     def batch(self, studies: Sequence[FedStudy], draw: Draw) -> dict[str, torch.Tensor]:
@@ -127,11 +130,15 @@ class ReportTexts:
             ValueError: If a study has no report in the language.
         """
         spoken = [_drawn_language(study, self.language, self.languages, draw) for study in studies]
-        return self.decoder_inputs([study.reports[code] for study, code in zip(studies, spoken, strict=True)], spoken)
+        reports = [study.reports[code] for study, code in zip(studies, spoken, strict=True)]
+        return self.decoder_inputs(reports, spoken, self.num_image_tokens)
 
-    def decoder_inputs(self, texts: Sequence[str], languages: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Builds the inputs of texts, each in its language."""
-        prompts = torch.tensor([self._prompts[code] for code in languages])  # (B, P + 1)
+    def decoder_inputs(
+        self, texts: Sequence[str], languages: Sequence[str], num_image_tokens: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Builds the inputs of texts, each in its language, with further places in front where they are of images."""
+        further = [self._place] * num_image_tokens
+        prompts = torch.tensor([further + self._prompts[code] for code in languages])  # (B, K + P + 1)
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         bodies = [self.encoded(text) + [end] for text in texts]
         longest = max(map(len, bodies))
@@ -222,11 +229,6 @@ class FindingLabels:
         """Makes the labels."""
         values, known = finding_targets(studies, self.findings, self.uncertain)
         return {"labels": torch.from_numpy(np.where(known, values, np.float32("nan")))}
-
-
-def _shared_epoch() -> torch.Tensor:
-    """Returns epoch 0 in shared memory: workers that live longer than an epoch have to learn of the next."""
-    return torch.zeros(1, dtype=torch.int64).share_memory_()
 
 
 def _known_language(language: str, spoken: Sequence[str]) -> str:

@@ -1,7 +1,10 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """Losses of stage 1: contrastive alignment whose targets come from pairs, from equal texts and from labels.
 
-Letters in shapes: I images and J texts of one batch, F findings.
+Each is a sum over some rows of the matrix of all pairs of a batch, with the number of rows that count, so that the
+whole can be summed up piece by piece (`objective.py`).
+
+Letters in shapes: I rows of one side and J of the other, F findings.
 """
 
 from dataclasses import dataclass
@@ -9,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+__all__ = ["Items", "label_agreement", "sigmoid_loss", "soft_cross_entropy", "soft_targets"]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Items:
-    """What the targets need to know of one side of a batch, row by row.
+    """What the targets need to know of one side of a batch, row by row; a study has one row of a side at most.
 
     Attributes:
-        study: (R,) index of the study in the batch; equal indices are a pair.
-        text: (R,) index that is equal for equal texts, and -1 for images.
+        study: (R,) number of the study in the batch; equal numbers are a pair.
+        text: (R,) number that is equal for equal texts, and -1 for images.
         modality: (R,) index of the modality.
         values: (R, F) findings, 1 present and 0 not.
         known: (R, F) bool, whether the finding is known.
@@ -35,7 +40,7 @@ class Items:
         return Items(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-def label_agreement(images: Items, texts: Items) -> tuple[torch.Tensor, torch.Tensor]:
+def label_agreement(left: Items, right: Items) -> tuple[torch.Tensor, torch.Tensor]:
     """Compares studies by their labels: the cosine of the present findings (MedCLIP 2022, section 3.2).
 
     Only findings that both sides know are compared, so that a set which annotates pneumonia alone says nothing of
@@ -44,55 +49,86 @@ def label_agreement(images: Items, texts: Items) -> tuple[torch.Tensor, torch.Te
     Returns:
         Agreement (I, J) in 0..1, and (I, J) bool telling where the labels allow a comparison.
     """
-    left, right = images.values * images.known, texts.values * texts.known
-    shared_left = left @ texts.known.to(left.dtype).t()  # |findings of i that j knows|
-    shared_right = (right @ images.known.to(left.dtype).t()).t()
-    dot = left @ right.t()
-    agreement = dot / (shared_left * shared_right).clamp(min=1e-6).sqrt()
+    present_left, present_right = left.values * left.known, right.values * right.known
+    shared_left = present_left @ right.known.to(present_left.dtype).t()  # |findings of i that j knows|
+    shared_right = (present_right @ left.known.to(present_left.dtype).t()).t()
+    agreement = (present_left @ present_right.t()) / (shared_left * shared_right).clamp(min=1e-6).sqrt()
     comparable = (shared_left > 0) | (shared_right > 0)
     return agreement * (shared_left > 0) * (shared_right > 0), comparable
 
 
-def soft_targets(images: Items, texts: Items) -> tuple[torch.Tensor, torch.Tensor]:
-    """Builds contrastive targets between two sides of a batch.
+def soft_targets(left: Items, right: Items, written: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Builds contrastive targets between some rows of two sides.
 
     A pair, or a text equal to the pair's, weighs 1. Where one side has labels but no report, agreement in labels
     weighs as much as it agrees. Another modality, other labels, or the report of another reported study are
     negatives. What is unknown is neither: a radiograph with labels alone is not pushed away from a report without.
 
+    Args:
+        left: I images, or texts of the pivot language.
+        right: J texts.
+        written: (P, 2): of all texts of the right side in the batch, the study and the number of the text.
+
     Returns:
         Weights (I, J) >= 0, and (I, J) bool telling which entries take part.
     """
-    same = images.study[:, None] == texts.study[None, :]
-    own_texts = torch.zeros(len(images.study), int(texts.text.max()) + 1, device=same.device)
-    own_texts.index_put_(
-        (same.nonzero()[:, 0], texts.text[same.nonzero()[:, 1]]), torch.ones(int(same.sum()), device=same.device)
-    )
-    same_text = own_texts[:, texts.text] > 0  # (I, J): text j reads as one of the texts of image i
-    agreement, comparable = label_agreement(images, texts)
-    other_modality = images.modality[:, None] != texts.modality[None, :]
-    both_reported = images.has_report[:, None] & texts.has_report[None, :]
+    same = (left.study[:, None] == right.study[None, :]) | _same_text(left, right, written)
+    agreement, comparable = label_agreement(left, right)
+    other_modality = left.modality[:, None] != right.modality[None, :]
+    both_reported = left.has_report[:, None] & right.has_report[None, :]
     # Between two reported studies the reports decide: by labels all cases of one disease would be the same.
     agreement = agreement * ~(other_modality | both_reported)
-    weights = torch.where(same | same_text, torch.ones_like(agreement), agreement)
-    takes_part = same | same_text | other_modality | comparable | both_reported
-    return weights, takes_part
+    return agreement.masked_fill(same, 1.0), same | other_modality | comparable | both_reported
 
 
-def soft_contrastive_loss(logits: torch.Tensor, weights: torch.Tensor, takes_part: torch.Tensor) -> torch.Tensor:
-    """Computes the symmetric cross-entropy between softmax(logits) and the normalised weights, rows and columns.
+def _same_text(left: Items, right: Items, written: torch.Tensor) -> torch.Tensor:
+    """Tells, (I, J) bool, whether text j reads as the one that the study of i has in the language of j."""
+    numbers, place = right.text.unique(return_inverse=True)
+    row_of = torch.full((int(max(left.study.max(), written[:, 0].max())) + 1,), -1, device=place.device)
+    row_of[left.study] = torch.arange(len(left.study), device=place.device)
+    rows = row_of[written[:, 0]]
+    columns = torch.searchsorted(numbers, written[:, 1].contiguous()).clamp(max=len(numbers) - 1)
+    here = (rows >= 0) & (numbers[columns] == written[:, 1])
+    reads_as = torch.zeros(len(left.study), len(numbers), dtype=torch.bool, device=place.device)
+    reads_as[rows[here], columns[here]] = True
+    return reads_as[:, place]
 
-    With an identity as weights and everything taking part this is CLIP's InfoNCE. Rows without a positive do not
-    count.
+
+def soft_cross_entropy(
+    logits: torch.Tensor, weights: torch.Tensor, takes_part: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the cross-entropy between softmax(logits) and the normalised weights over rows that have a positive.
+
+    With an identity as weights and everything taking part this is one direction of CLIP's InfoNCE (Radford et al.,
+    ICML 2021, figure 3).
+
+    Args:
+        logits: (I, J).
+        weights: (I, J) >= 0.
+        takes_part: (I, J) bool.
+
+    Returns:
+        The sum, and the number of those rows.
     """
-    logits = logits.float().masked_fill(~takes_part, torch.finfo(torch.float32).min)
-    return (_soft_cross_entropy(logits, weights) + _soft_cross_entropy(logits.t(), weights.t())) / 2
-
-
-def _soft_cross_entropy(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     mass = weights.sum(dim=-1)
     rows = mass > 0
-    if not rows.any():
-        return logits.sum() * 0.0
+    logits = logits.float().masked_fill(~takes_part, torch.finfo(torch.float32).min)[rows]
     targets = weights[rows] / mass[rows, None]
-    return -(targets * functional.log_softmax(logits[rows], dim=-1)).sum(dim=-1).mean()
+    return -(targets * functional.log_softmax(logits, dim=-1)).sum(), rows.sum()
+
+
+def sigmoid_loss(
+    logits: torch.Tensor, weights: torch.Tensor, takes_part: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the binary cross-entropy of every pair over rows in which any takes part (SigLIP: Zhai et al., ICCV 2023).
+
+    Args:
+        logits: (I, J), with the bias.
+        weights: (I, J) in 0..1.
+        takes_part: (I, J) bool.
+
+    Returns:
+        The sum, and the number of those rows.
+    """
+    losses = functional.binary_cross_entropy_with_logits(logits.float(), weights, reduction="none")
+    return losses.masked_fill(~takes_part, 0.0).sum(), takes_part.any(dim=-1).sum()

@@ -10,7 +10,18 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
-__all__ = ["all_sum", "gather_rows", "is_main", "main_first", "own_rows", "rank", "wait_for_all", "world_size"]
+__all__ = [
+    "all_sum",
+    "gather_rows",
+    "is_main",
+    "main_first",
+    "own_rows",
+    "rank",
+    "row_counts",
+    "sum_own_rows",
+    "wait_for_all",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -39,34 +50,54 @@ def main_first() -> Iterator[None]:
     """Lets the main rank go through the block before the others: what it writes there, they find."""
     if not is_main():
         wait_for_all()
-    yield
-    if is_main():
-        wait_for_all()
+    try:
+        yield
+    finally:  # the others are not to wait for what failed
+        if is_main():
+            wait_for_all()
 
 
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
     """Returns the rows of all ranks in their order, (sum of R, ...), without gradient; R may differ, and be 0."""
-    if world_size() == 1:
-        return values.detach()
     values = values.detach()
-    counts = _counts(values)
-    longest = max(counts)
-    padded = values.new_zeros(longest, *values.shape[1:])
+    if world_size() == 1:
+        return values
+    counts = row_counts(values)
+    padded = values.new_zeros(max(counts), *values.shape[1:])
     padded[: len(values)] = values
-    # NCCL and Gloo move bytes as they are, but not every one of them bool.
-    as_bytes = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
-    parts = [torch.empty_like(as_bytes) for _ in counts]
-    distributed.all_gather(parts, as_bytes.contiguous())
+    # Not every backend moves bool.
+    moved = padded.to(torch.uint8) if padded.dtype == torch.bool else padded
+    parts = [torch.empty_like(moved) for _ in counts]
+    distributed.all_gather(parts, moved)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(values.dtype)
 
 
 def own_rows(values: torch.Tensor) -> slice:
     """Returns where the rows of this rank stand in `gather_rows(values)`."""
-    if world_size() == 1:
-        return slice(0, len(values))
-    counts = _counts(values)
+    counts = row_counts(values)
     start = sum(counts[: rank()])
     return slice(start, start + len(values))
+
+
+def sum_own_rows(values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Adds up what all ranks have to say of the rows of all ranks, and returns the sums of this rank's rows.
+
+    Args:
+        values: (sum of R, ...), in the order of `gather_rows`.
+        own: (R, ...), any values of this rank: says which rows are its own.
+
+    Returns:
+        (R, ...).
+    """
+    if world_size() == 1:
+        return values
+    counts = row_counts(own)
+    padded = values.new_zeros(len(counts), max(counts), *values.shape[1:])
+    for place, part in enumerate(values.split(counts)):
+        padded[place, : len(part)] = part
+    summed = torch.empty_like(padded[0])
+    distributed.reduce_scatter(summed, list(padded))
+    return summed[: len(own)]
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -77,7 +108,10 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _counts(values: torch.Tensor) -> list[int]:
+def row_counts(values: torch.Tensor) -> list[int]:
+    """Returns how many rows each rank has."""
+    if world_size() == 1:
+        return [len(values)]
     count = torch.tensor([len(values)], device=values.device)
     counts = [torch.empty_like(count) for _ in range(world_size())]
     distributed.all_gather(counts, count)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +24,11 @@ __all__ = [
     "EpochBatches",
     "EveryStudy",
     "LengthBucketSampler",
+    "StepBuckets",
     "TrainerOrder",
     "count_tokens",
     "padding_share",
+    "shared_epoch",
 ]
 
 REMAINDERS = ("fill", "drop")
@@ -258,15 +261,55 @@ class LengthBucketSampler(EpochBatches):
         super().__init__(draws or EveryStudy(len(self.lengths)), batch_size, seed, rank, world_size, remainder)
 
     def _rounds(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self._by_length(order))
+
+    def _by_length(self, order: np.ndarray) -> np.ndarray:
+        """Returns rounds (R, W, B) in which what is in one pool is sorted by length."""
         round_size = self.batch_size * self.world_size
         pool_size = round_size * self.pool
         pools = (order[start : start + pool_size] for start in range(0, len(order), pool_size))
         # Stable: studies of one length stay in the random order in which they were drawn.
         by_length = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-        return rng.permutation(by_length.reshape(-1, self.world_size, self.batch_size))
+        return by_length.reshape(-1, self.world_size, self.batch_size)
 
     def _order_facts(self) -> dict[str, Any]:
         return super()._order_facts() | {"lengths": _digest(self.lengths), "pool": self.pool}
+
+
+class StepBuckets(LengthBucketSampler):
+    """Gives the micro-batches of steps whose studies are drawn at random, and parted by length within a step.
+
+    A contrastive loss compares the studies of a step: were all of one length, they would be told apart by less. Within
+    a step, which micro-batch a study is in makes no difference to the loss, and studies of like length waste no
+    computation on padding.
+
+    Args:
+        lengths: Of each study, in tokens, (N,).
+        batch_size: B, of a micro-batch.
+        steps: Rounds of a step: `gradient_accumulation_steps`.
+        seed: Of the run.
+        world_size: W.
+        draws: What an epoch is made of; None: every study once.
+        remainder: See `EpochBatches`.
+
+    Raises:
+        ValueError: As `LengthBucketSampler`.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        steps: int = 1,
+        seed: int = 0,
+        world_size: int = 1,
+        draws: Draws | None = None,
+        remainder: str = "fill",
+    ):
+        super().__init__(lengths, batch_size, seed, 0, world_size, remainder, draws, pool=steps)
+
+    def _rounds(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self._by_length(order)
 
 
 class TrainerOrder(Sampler[int]):
@@ -288,7 +331,14 @@ class TrainerOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # Trainer passes over the batches of an epoch that were trained on before.
-        yield from self.batches.all_batches(self.batches.epoch).ravel().tolist()
+        for batches in self.batches.all_batches(self.batches.epoch):
+            # A list of all of them would take five times the memory of the array.
+            yield from batches.ravel().tolist()
+
+
+def shared_epoch() -> torch.Tensor:
+    """Returns epoch 0 in shared memory: workers that live longer than an epoch have to learn of the next."""
+    return torch.zeros(1, dtype=torch.int64).share_memory_()
 
 
 def count_tokens(

@@ -2,28 +2,24 @@
 """Stage 1 from a recipe to a checkpoint, on made-up images."""
 
 import json
+import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 import m3fm
 from m3fm import M3FMModel
-from m3fm.layers_m3fm import contrastive_loss
-from m3fm.training.align import (
-    AlignCollator,
-    AlignRecipe,
-    AlignTrainer,
-    AlignValidation,
-    build_model,
-    fit_positions,
-    load_training_studies,
-)
+from m3fm.training.align import AlignRecipe, AlignTrainer, build_model, load_training_studies, study_draws
+from m3fm.training.align_batches import AlignCollator
+from m3fm.training.align_scores import AlignValidation
+from m3fm.training.backbones import fit_positions
 from m3fm.training.recipe import run_recipe
+from m3fm.training.study_images import StudyPixels
 
 pytest.importorskip("accelerate")
 
@@ -38,7 +34,8 @@ def recipe_of(made_up_data, **values) -> AlignRecipe:
 
 
 def collator_of(processor, languages=("en", "zh"), **values) -> AlignCollator:
-    return AlignCollator(processor, languages, AlignRecipe(freeze_vision=False, **values), cache=None)
+    blank = {"pixel_values": torch.zeros(1, 1, 3, 28, 28), "image_mask": torch.ones(1, 1, dtype=torch.bool)}
+    return AlignCollator(StudyPixels(processor.image_processor), blank, processor.tokenizer, languages, **values)
 
 
 def test_studies_are_repeated_left_out_and_held_apart(made_up_data):
@@ -85,44 +82,72 @@ def test_a_batch_says_what_belongs_together(made_up_data, tiny_processor):
         next(study for study in train if study.source == source and len(study.reports) == languages)
         for source, languages in (("reported", 2), ("labelled", 0), ("texts", 1))
     )
-    collator = collator_of(tiny_processor, label_share=0.0)
-    batch = collator([reported, text_only, labelled, reported])
-    assert batch["image_study"].tolist() == [0, 2, 3]
+    batch = collator_of(tiny_processor, label_share=0.0)([reported, text_only, labelled, reported])
+    facts = batch["facts"]
+    assert facts.image_study.tolist() == [0, 2, 3]
     assert batch["pixel_values"].shape == (3, 1, 3, 28, 28)
-    assert batch["text_study"].tolist() == [0, 0, 1, 2, 2, 3, 3]
-    assert batch["text_language"].tolist() == [0, 1, 0, 0, 1, 0, 1]
-    numbers = batch["text_number"].tolist()
+    assert batch["study_ids"] == [f"{s.source}/{s.study_id}" for s in (reported, text_only, labelled, reported)]
+    assert facts.text_study.tolist() == [0, 0, 1, 2, 2, 3, 3]
+    assert facts.text_language.tolist() == [0, 1, 0, 0, 1, 0, 1]
+    numbers = facts.text_number.tolist()
     assert numbers[:2] == numbers[5:] and len(set(numbers)) == 5, "equal texts have one number"
-    assert batch["has_report"].tolist() == [True, True, False, True]
+    assert facts.has_report.tolist() == [True, True, False, True]
     assert len(batch["input_ids"]) == 7
-    only_texts = collator([text_only])
-    assert "pixel_values" not in only_texts and only_texts["image_study"].tolist() == []
     by_labels = collator_of(tiny_processor, label_share=1.0)([reported, text_only, labelled])
-    assert by_labels["has_report"].tolist() == [False, True, False]
+    assert by_labels["facts"].has_report.tolist() == [False, True, False]
     spoken = tiny_processor.tokenizer.batch_decode(by_labels["input_ids"], skip_special_tokens=True)
     assert not set(reported.reports.values()) & set(spoken) and text_only.reports["en"] in spoken
+
+
+def test_a_batch_without_images_has_a_blank_one_that_counts_for_nothing(made_up_data, tiny_processor):
+    train, _, _ = load_training_studies(recipe_of(made_up_data))
+    text_only = next(study for study in train if study.source == "texts")
+    batch = collator_of(tiny_processor)([text_only, text_only])
+    assert batch["pixel_values"].shape == (1, 1, 3, 28, 28) and not batch["pixel_values"].any()
+    assert batch["facts"].image_study.tolist() == []
+
+
+def test_what_is_drawn_for_a_study_hangs_on_the_epoch_and_not_on_its_company(made_up_data, tiny_processor):
+    train, _, _ = load_training_studies(recipe_of(made_up_data))
+    labelled, other = [study for study in train if study.findings and not study.reports][:2]
+    collator = collator_of(tiny_processor)
+
+    def spoken(*studies):
+        ids = collator(studies)["input_ids"][:2]
+        return tiny_processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    first = spoken(labelled)
+    assert spoken(labelled, other) == first
+    drawn = []
+    for epoch in range(20):
+        collator.set_epoch(epoch)
+        drawn.append(tuple(spoken(labelled)))
+    assert drawn[0] == tuple(first) and len({english for english, _ in drawn}) > 1
+    assert len(set(drawn)) == len({english for english, _ in drawn}), "the Chinese sentence is the translation"
 
 
 def test_languages_that_the_model_has_no_token_for_are_passed_over(made_up_data, tiny_processor):
     train, _, _ = load_training_studies(recipe_of(made_up_data))
     reported = next(study for study in train if study.source == "reported")
-    batch = collator_of(tiny_processor, languages=("zh",), label_share=0.0)([reported])
+    collator = collator_of(tiny_processor, languages=("zh",), label_share=0.0)
+    batch = collator([reported])
     spoken = tiny_processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert (spoken, batch["text_language"].tolist()) == ([reported.reports["zh"]], [0])
+    assert (spoken, batch["facts"].text_language.tolist()) == ([reported.reports["zh"]], [0])
     english_alone = replace(reported, reports={"en": reported.reports["en"]})
-    batch = collator_of(tiny_processor, languages=("zh",), label_share=0.0)([english_alone])
-    assert batch["has_report"].tolist() == [False], "its labels speak for it"
+    assert collator([english_alone])["facts"].has_report.tolist() == [False], "its labels speak for it"
 
 
-def test_sentences_made_of_labels_change_and_are_translations(made_up_data, tiny_processor):
-    train, _, _ = load_training_studies(recipe_of(made_up_data))
-    ill = next(study for study in train if study.findings and study.findings.get("pleural_effusion"))
-    collator = collator_of(tiny_processor)
-    drawn = [collator._label_sentences(ill, np.random.default_rng(seed)) for seed in range(20)]
-    assert len({texts["en"] for texts in drawn}) > 1
-    chinese = {}
-    for texts in drawn:
-        assert chinese.setdefault(texts["en"], texts["zh"]) == texts["zh"]
+def test_epochs_can_be_balanced(made_up_data):
+    train, _, _ = load_training_studies(recipe_of(made_up_data, image_sets={"reported": 1, "labelled": 1}))
+    alike = AlignRecipe(balance=["source"], balance_temperature=1e9)
+    draws = study_draws(train, alike)
+    sources = [train[place].source for place in draws.draw(0, 0)]
+    assert {name: sources.count(name) for name in set(sources)} == {"reported": 5, "labelled": 5, "texts": 4} or (
+        max(sources.count(name) for name in set(sources)) - min(sources.count(name) for name in set(sources)) <= 1
+    )
+    languages = study_draws(train, AlignRecipe(balance=["languages", "modality"], balance_temperature=1e9))
+    assert set(languages.shares) == {(("en", "zh"), "cxr"), ((), "cxr"), (("en",), "cxr")}
+    assert len(study_draws(train, AlignRecipe())) == len(train)
 
 
 def test_the_tower_is_the_pretrained_one(write_recipe, tmp_path, tiny_config):
@@ -178,6 +203,12 @@ def test_texts_are_cut_where_the_encoder_has_no_more_positions(
     tiny_config.text_encoder_config.max_position_embeddings = positions
     recipe = AlignRecipe(vision_model=str(tmp_path / "tower"), tokenizer=str(m3fm.DEFAULT_CHECKPOINT))
     recipe.model = {"text_encoder_config": tiny_config.text_encoder_config, "text_config": tiny_config.text_config}
+    if positions < recipe.max_text_length:
+        with pytest.raises(
+            ValueError, match="max_text_length: got 128, expected at most 64, the positions of"
+        ):
+            build_model(recipe)
+        recipe.max_text_length = positions
     _, processor = build_model(recipe)
     assert tokenizer.model_max_length == 512
     assert processor.tokenizer.model_max_length == longest
@@ -186,20 +217,6 @@ def test_texts_are_cut_where_the_encoder_has_no_more_positions(
 def test_a_misspelt_value_of_the_model_is_refused(write_recipe):
     with pytest.raises(ValueError, match="'projection_dims' \\(did you mean 'projection_dim'\\?\\)"):
         run_recipe(write_recipe("align", model={"projection_dims": 16}))
-
-
-def test_translations_have_a_temperature_of_their_own(made_up_data, tiny_processor):
-    train, _, _ = load_training_studies(recipe_of(made_up_data, text_sets={"texts": 1}))
-    translated = [study for study in train if study.source == "texts" and len(study.reports) == 2]
-    inputs = collator_of(tiny_processor)(translated)
-    embeds = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    trainer = AlignTrainer.__new__(AlignTrainer)
-    trainer.recipe = AlignRecipe(translation_temperature=0.2, translation_weight=3.0)
-    trainer.validation = SimpleNamespace(languages=("en", "zh"))
-    expected = 3.0 * contrastive_loss(embeds[0::2] @ embeds[1::2].t() / 0.2)
-    for learned_scale in (1.0, 100.0):
-        (loss,) = trainer._losses(inputs, None, embeds, torch.tensor(learned_scale))
-        torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -218,6 +235,34 @@ def test_images_and_texts_are_embedded_in_the_precision_of_the_run(bf16, write_r
     assert facts["arguments"]["bf16"] is bf16
 
 
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_micro_batches_of_a_step_train_as_one_batch(loss, write_recipe, tmp_path):
+    # Every epoch is one step: the same studies, whatever their order.
+    model = yaml.safe_load(write_recipe("align").read_text())["model"] | {"projection_dropout": 0.0}
+    encoder = model["text_encoder_config"] | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    values = {
+        "loss": loss,
+        "label_share": 0.5,
+        "max_steps": 3,
+        "num_train_epochs": 3,
+        "eval_strategy": "no",
+        "vision_training": "full",
+        "model": model | {"text_encoder_config": encoder},
+        "translation_mse_weight": 1.0,
+    }
+    values |= {"image_sets": {"reported": 1}, "text_sets": {"texts": 1}, "learning_rate": 1e-4}
+    losses = {}
+    for size, steps in ((12, 1), (4, 3), (3, 4)):
+        where = tmp_path / f"{size}"
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "output_dir": str(where)}
+        facts = run_recipe(write_recipe("align", **values, **batches))
+        assert facts["contrastive_batch"] == 12 and facts["train_studies"] == 12, facts["train_studies"]
+        history = json.loads((where / "history.json").read_text())
+        losses[size] = [entry[key] for entry in history for key in ("loss", "grad_norm") if key in entry]
+    assert losses[4] == pytest.approx(losses[12], rel=2e-3) and losses[3] == pytest.approx(losses[12], rel=2e-3)
+    assert len(set(losses[12])) == 6, "it learns"
+
+
 def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(AlignValidation, "minimum", 1)
     facts = run_recipe(write_recipe("align"))
@@ -227,7 +272,7 @@ def test_a_run_leaves_everything_and_resumes(write_recipe, tmp_path, monkeypatch
     assert facts["arguments"]["max_steps"] == 3
     assert facts["train_studies"] == 6 + 2 + 6
     assert json.loads((folder / "settings.json").read_text())["image_sets"] == {"reported": 1, "labelled": 1}
-    assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(facts))
+    assert json.loads((folder / "training.json").read_text()) == json.loads(json.dumps(facts))
     history = json.loads((folder / "history.json").read_text())
     assert logged(history, "loss") == [1, 2, 3]
     scores = next(entry for entry in history if "eval_auroc" in entry)
@@ -268,12 +313,25 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(save_steps, wri
 
 def test_a_tower_can_be_trained_too(write_recipe, tmp_path):
     recipe = write_recipe("align", text_sets={}, parallel_sets=[])
-    facts = run_recipe(recipe, ["--freeze_vision", "false", "--max_steps", "1"])
-    assert facts["vision"] == "trained"
+    facts = run_recipe(recipe, ["--vision_training", "full", "--max_steps", "1"])
+    assert facts["vision"] == "full"
     before = AutoModel.from_pretrained(tmp_path / "tower").embeddings.patch_embeddings
     after = M3FMModel.from_pretrained(tmp_path / "align").vision_model.embeddings.patch_embeddings
     assert not torch.equal(before.projection.weight, after.projection.weight)
-    assert not (tmp_path / "features").exists()
+    assert not list((tmp_path / "features").glob("*.f16"))
+
+
+def test_towers_by_lora_leave_a_whole_checkpoint_and_the_adapter(write_recipe, tmp_path):
+    pytest.importorskip("peft")
+    values = {"vision_training": "lora", "text_training": "last_1", "layer_decay": 0.5, "eval_strategy": "no"}
+    recipe = write_recipe("align", **values, learning_rates={"vision_model": 0.5}, lora={"r": 2})
+    facts = run_recipe(recipe, ["--max_steps", "2", "--save_steps", "1"])
+    before = AutoModel.from_pretrained(tmp_path / "tower").state_dict()
+    after = M3FMModel.from_pretrained(tmp_path / "align").vision_model.state_dict()
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert changed and all(re.search(r"attention\.([qv]_proj|.*query|.*value)", name) for name in changed)
+    assert (tmp_path / "align" / "adapter" / "adapter_model.safetensors").is_file()
+    assert facts["vision"] == "lora"
 
 
 def test_training_brings_the_loss_down(write_recipe, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m3fm.layers_m3fm import contrastive_loss
-from m3fm.training.losses import Items, label_agreement, soft_contrastive_loss, soft_targets
+from m3fm.training.losses import Items, label_agreement, sigmoid_loss, soft_cross_entropy, soft_targets
 
 FINDINGS = ("no_finding", "effusion", "pneumonia", "nodule")
 
@@ -30,9 +30,18 @@ def as_images(texts: Items) -> Items:
     return Items(**{**vars(texts), "text": torch.full_like(texts.text, -1)})
 
 
+def symmetric(logits: torch.Tensor, weights: torch.Tensor, takes_part: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of both directions."""
+    sums = [
+        soft_cross_entropy(*turned)
+        for turned in ((logits, weights, takes_part), (logits.t(), weights.t(), takes_part.t()))
+    ]
+    return sum(total / count.clamp(min=1) for total, count in sums) / 2
+
+
 def targets(*rows) -> tuple[list[list[float]], list[list[bool]]]:
     texts = items(*rows)
-    weights, takes_part = soft_targets(as_images(texts), texts)
+    weights, takes_part = soft_targets(as_images(texts), texts, torch.stack([texts.study, texts.text], dim=1))
     return weights.tolist(), takes_part.tolist()
 
 
@@ -106,12 +115,23 @@ def test_select_keeps_rows_together():
     assert chosen.values.tolist() == [[0, 0, 0, 1]] and chosen.has_report.tolist() == [False]
 
 
+def test_rows_see_equal_texts_that_stand_elsewhere():
+    # The text of study 0 is not among the columns; that of study 1 reads the same, and is.
+    texts = items((0, 5, "ct", None, True), (1, 5, "ct", None, True), (2, 6, "ct", None, True))
+    written = torch.stack([texts.study, texts.text], dim=1)
+    columns = texts.select(torch.tensor([1, 2]))
+    weights, _ = soft_targets(as_images(texts), columns, written)
+    assert weights.tolist() == [[1, 0], [1, 0], [0, 1]]
+    weights, _ = soft_targets(as_images(texts).select(torch.tensor([0])), columns, written)
+    assert weights.tolist() == [[1, 0]]
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
 def test_identity_weights_give_the_loss_of_clip():
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 5
-    loss = soft_contrastive_loss(logits, torch.eye(6), torch.ones(6, 6, dtype=torch.bool))
+    loss = symmetric(logits, torch.eye(6), torch.ones(6, 6, dtype=torch.bool))
     torch.testing.assert_close(loss, contrastive_loss(logits))
 
 
@@ -126,7 +146,7 @@ def test_soft_weights_by_hand():
 
     rows = [-(log_softmax(1, 0)[0] * 2 / 3 + log_softmax(1, 0)[1] / 3), -log_softmax(0, 2)[1]]
     columns = [-log_softmax(1, 0)[0], -(log_softmax(0, 2)[0] / 3 + log_softmax(0, 2)[1] * 2 / 3)]
-    loss = soft_contrastive_loss(logits, weights, torch.ones(2, 2, dtype=torch.bool))
+    loss = symmetric(logits, weights, torch.ones(2, 2, dtype=torch.bool))
     assert loss.item() == pytest.approx((sum(rows) / 2 + sum(columns) / 2) / 2, abs=1e-6)
 
 
@@ -135,7 +155,7 @@ def test_what_takes_no_part_has_no_influence():
     losses, gradients = [], []
     for value in (-3.0, 8.0):
         logits = torch.tensor([[1.0, 0.0, value], [0.0, 2.0, 1.0], [0.5, 0.0, 1.0]], requires_grad=True)
-        loss = soft_contrastive_loss(logits, torch.eye(3), takes_part)
+        loss = symmetric(logits, torch.eye(3), takes_part)
         loss.backward()
         losses.append(loss.item())
         gradients.append(logits.grad[0, 2].item())
@@ -148,18 +168,32 @@ def test_rows_without_a_positive_do_not_count():
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     by_rows = -(torch.log_softmax(logits[:2], dim=1).diagonal().mean())
     by_columns = -(torch.log_softmax(logits.t(), dim=1)[:, :2].diagonal().mean())
-    loss = soft_contrastive_loss(logits, weights, torch.ones(3, 2, dtype=torch.bool))
+    loss = symmetric(logits, weights, torch.ones(3, 2, dtype=torch.bool))
     torch.testing.assert_close(loss, (by_rows + by_columns) / 2)
 
 
 def test_without_any_positive_the_loss_is_zero_and_still_has_a_gradient():
     logits = torch.randn(2, 3, requires_grad=True)
-    loss = soft_contrastive_loss(logits, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    loss = symmetric(logits, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
 
 def test_half_precision_logits_are_compared_in_full():
     logits = torch.eye(4, dtype=torch.bfloat16) * 50
-    loss = soft_contrastive_loss(logits, torch.eye(4), torch.eye(4, dtype=torch.bool) | (logits > -1))
+    loss = symmetric(logits, torch.eye(4), torch.eye(4, dtype=torch.bool) | (logits > -1))
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_the_sigmoid_loss_asks_of_every_pair():
+    logits = torch.tensor([[2.0, -1.0], [0.5, 3.0], [4.0, 4.0]])
+    weights = torch.tensor([[1.0, 0.0], [0.25, 1.0], [0.0, 0.0]])
+    takes_part = torch.tensor([[True, True], [True, False], [False, False]])
+    total, count = sigmoid_loss(logits, weights, takes_part)
+
+    def surprise(logit: float, weight: float) -> float:
+        sure = 1 / (1 + math.exp(-logit))
+        return -(weight * math.log(sure) + (1 - weight) * math.log(1 - sure))
+
+    assert total.item() == pytest.approx(surprise(2, 1) + surprise(-1, 0) + surprise(0.5, 0.25), abs=1e-6)
+    assert count == 2, "a row of which nothing takes part does not count"
