@@ -8,26 +8,29 @@ and `model.load_adapter` read, and beside it `m3fm_base.json`: the hashes of the
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-# Names that transformers gives to linear layers: query and value of attention each on its own (DINOv2, ViT, BERT,
-# Llama) or in one matrix with the key (ModernBERT, GPT-2, GPT-NeoX), and the other layers of a decoder's blocks.
-_QUERY_VALUE = r"(q_proj|v_proj|query|value|Wqkv|qkv|c_attn|query_key_value)"
+#: Names that transformers gives to linear layers: query and value of attention each on its own (DINOv2, ViT, BERT,
+#: DistilBERT, DeBERTa, Llama) or in one matrix with the key (ModernBERT, GPT-2, GPT-NeoX).
+QUERY_VALUE = r"(q_proj|v_proj|q_lin|v_lin|query|value|query_proj|value_proj|Wqkv|qkv|c_attn|query_key_value)"
+# The other layers of a decoder's blocks.
 _BLOCK = (
     r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|c_attn|c_proj|c_fc|query_key_value|dense\w*)"
 )
 # Regular expressions over whole module names. The towers are adapted where LoRA's authors did (Hu et al., ICLR 2022),
 # the decoder in all linear layers of its blocks, which writing needs (QLoRA: Dettmers et al., NeurIPS 2023).
-VISION_LORA = rf"(.*\.)?vision_model\..*\.{_QUERY_VALUE}"
-TEXT_LORA = rf"(.*\.)?text_encoder\..*\.{_QUERY_VALUE}"
+VISION_LORA = rf"(.*\.)?vision_model\..*\.{QUERY_VALUE}"
+TEXT_LORA = rf"(.*\.)?text_encoder\..*\.{QUERY_VALUE}"
 DECODER_LORA = rf"(.*\.)?decoder\..*\.{_BLOCK}"
 
 #: What `lora_config` takes: diagnosis, another language or vocabulary of findings, a site's report style, everything.
@@ -69,7 +72,7 @@ def lora_config(
         raise ValueError(f"Unknown LoRA preset {preset!r}: expected one of {', '.join(PRESETS)}.")
     if r < 1:
         raise ValueError(f"Expected r >= 1, got {r}.")
-    return _peft().LoraConfig(
+    return import_peft().LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         lora_dropout=lora_dropout,
@@ -133,26 +136,64 @@ def check_base(recorded: Mapping[str, str], model: torch.nn.Module, what: str) -
 # Save and load
 
 
-def save_adapter(model: "PeftModel", folder: str | Path, adapter_name: str = "default") -> Path:
+def save_adapter(model: torch.nn.Module, folder: str | Path, adapter_name: str = "default") -> Path:
     """Saves one adapter alone, a few MB, with the hashes of its base; returns its folder.
 
+    What was trained in full beside LoRA, like the projections of a run, is a part of the base that it names.
+
     Args:
-        model: With the adapter.
-        folder: Made if missing. PEFT puts adapters that are not called "default" into a folder of their name in it.
+        model: With the adapter: a `PeftModel`, or an M3FM model with LoRA in its own layers, as training puts it.
+        folder: Made if missing. Adapters that are not called "default" go into a folder of their name in it.
         adapter_name: Which of the model's adapters.
 
     Raises:
         ValueError: If the model has no such adapter, or the adapter is merged into its base.
     """
-    _refuse_unknown_adapter(model, adapter_name)
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError("The adapter is merged into its base: call unmerge_adapter() before it is saved.")
     folder = Path(folder)
-    model.save_pretrained(folder, selected_adapters=[adapter_name])
     target = folder if adapter_name == "default" else folder / adapter_name
+    if isinstance(model, import_peft().PeftModel):
+        _refuse_unknown_adapter(model, adapter_name)
+        model.save_pretrained(folder, selected_adapters=[adapter_name])
+    else:
+        _save_injected(model, target, adapter_name)
     base = {"weights_sha256": base_fingerprint(model)}
     (target / BASE_FILE).write_text(json.dumps(base, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+def _save_injected(model: torch.nn.Module, folder: Path, adapter_name: str) -> None:
+    """Writes what `PeftModel.save_pretrained` would, of LoRA in the layers of a model that is no `PeftModel`."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    layers = {name: each for name, each in found.items() if adapter_name in each.r}
+    if not layers:
+        known = sorted({name for each in found.values() for name in each.r})
+        raise ValueError(f"The model has no adapter {adapter_name!r}: expected one of {known}.")
+    ranks = {name: each.r[adapter_name] for name, each in layers.items()}
+    alphas = {name: each.lora_alpha[adapter_name] for name, each in layers.items()}
+    first = next(iter(layers))
+    config = import_peft().LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        lora_dropout=max(getattr(each.lora_dropout[adapter_name], "p", 0.0) for each in layers.values()),
+        target_modules=sorted(layers),
+        # Towers may have LoRA of different ranks.
+        rank_pattern={name: r for name, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        fan_in_fan_out=any(each.fan_in_fan_out for each in layers.values()),
+        inference_mode=True,
+    )
+    weights = {
+        f"base_model.model.{name.replace(f'.{adapter_name}.', '.')}": weight.detach().cpu().contiguous()
+        for name, weight in model.state_dict().items()
+        if re.search(rf"\.lora_\w+\.{re.escape(adapter_name)}\.", name)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_file(weights, folder / _ADAPTER_FILES[1], metadata={"format": "pt"})
 
 
 def load_adapter_checked(
@@ -173,7 +214,7 @@ def load_adapter_checked(
         ValueError: If the folder is no adapter, was trained on another base, or the name is taken.
         ImportError: Without PEFT.
     """
-    peft_model = _peft().PeftModel
+    peft_model = import_peft().PeftModel
     folder = Path(folder)
     if missing := [name for name in _ADAPTER_FILES if not (folder / name).is_file()]:
         raise ValueError(f"{folder} is not an adapter: expected {' and '.join(missing)} in it.")
@@ -263,7 +304,12 @@ def _refuse_unknown_adapter(model: torch.nn.Module, adapter_name: str) -> None:
         raise ValueError(f"The model has no adapter {adapter_name!r}: expected one of {known}.")
 
 
-def _peft() -> Any:
+def import_peft() -> Any:
+    """Returns the module `peft`.
+
+    Raises:
+        ImportError: With the extra that brings it.
+    """
     try:
         import peft
     except ImportError as error:
