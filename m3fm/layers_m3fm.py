@@ -10,19 +10,20 @@ from torch import nn
 from .configuration_m3fm import M3FMConfig
 
 
-def add_noise(embeds: torch.Tensor, std: float) -> torch.Tensor:
+def add_noise(embeds: torch.Tensor, std: float, normal: torch.Tensor | None = None) -> torch.Tensor:
     """Moves unit-norm embeddings by Gaussian noise and returns them to the sphere (CapDec 2022, section 3).
 
     Args:
         embeds: (B, D), unit norm.
         std: Expected norm of the noise vector; 0 changes nothing. Stated per vector, so that it means the same angle
             in spaces of different width.
+        normal: (B, D), drawn from the standard normal distribution; None draws it here.
 
     Returns:
         (B, D), unit norm.
     """
-    noise = torch.randn_like(embeds) * (std * embeds.shape[-1] ** -0.5)
-    return nn.functional.normalize(embeds + noise, dim=-1)
+    normal = torch.randn_like(embeds) if normal is None else normal
+    return nn.functional.normalize(embeds + normal * (std * embeds.shape[-1] ** -0.5), dim=-1)
 
 
 def cross_modality_gap(image_embeds: torch.Tensor, memory: torch.Tensor, temperature: float) -> torch.Tensor:

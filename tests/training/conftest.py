@@ -124,9 +124,19 @@ def write_recipe(tmp_path: Path, made_up_data: Path, tiny_config: M3FMConfig) ->
             "base": str(tmp_path / "align"),
             "text_sets": {"reported": 2, "texts": 1},
             "parallel_sets": ["texts"],
-            "memory_sets": ["reported", "texts"],
+            "memory": {"sets": ["reported", "texts"]},
             "validation_set": "reported",
+            "max_text_length": 24,
             "output_dir": str(tmp_path / "write"),
+        },
+        "pairs": {
+            "base": str(tmp_path / "tiny"),
+            "sets": {"reported": 1},
+            "text_sets": {"texts": 1},
+            "parallel_sets": ["texts"],
+            "validation_set": "reported",
+            "max_text_length": 24,
+            "output_dir": str(tmp_path / "pairs"),
         },
     }
 

@@ -2,129 +2,97 @@
 """Stage 2 from a recipe to reports, on made-up images."""
 
 import json
-import re
-from types import SimpleNamespace
+import os
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from torch import nn
+from torch.multiprocessing import spawn
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
 from m3fm import M3FMConfig
+from m3fm.layers_m3fm import add_noise
+from m3fm.training import text_bank
+from m3fm.training.collators import ReportTexts
 from m3fm.training.recipe import run_recipe
-from m3fm.training.write import (
-    Passage,
-    TextBank,
-    TextGroup,
-    WriteCollator,
-    WriteDataset,
-    WriteRecipe,
-    WriteTrainer,
-    _equal_shares,
-    build_writer,
-    load_pairs,
-    load_texts,
-)
+from m3fm.training.samplers import LengthBucketSampler
+from m3fm.training.text_bank import TextBank, TextGroup, load_texts
+from m3fm.training.write import WriteCollator, WriteRecipe, WriteTrainer, build_writer, checked_lengths
 
 pytest.importorskip("accelerate")
 
 GROUPS = [
-    TextGroup("first", {"en": "Clear lungs.", "zh": "双肺清晰。"}, ("en", "zh")),
-    TextGroup("first", {"en": "Clear lungs."}, ("en",)),
-    TextGroup("second", {"zh": "心影正常。"}, ("zh",)),
-    TextGroup("second", {"en": "Normal heart.", "zh": "心影正常。"}, ("en", "zh")),
-    # The English is a paraphrase: Chinese is written from it, and nobody writes it.
-    TextGroup("second", {"en": "There is no effusion.", "zh": "未见胸腔积液。"}, ("zh",)),
+    TextGroup("first", {"en": "Clear lungs.", "zh": "双肺清晰。"}, ("en", "zh"), "1"),
+    TextGroup("first", {"en": "The lungs are clear and the heart is of normal size."}, ("en",), "2"),
+    TextGroup("second", {"en": "Normal heart.", "zh": "心影正常。"}, ("en", "zh"), "3"),
+    TextGroup("second", {"zh": "未见胸腔积液。"}, ("zh",), "4"),
+    TextGroup("second", {"en": "There is a small effusion on the left."}, ("en",), "5"),
+    TextGroup("second", {"en": "Unremarkable."}, ("en",), "6"),
 ]
 
 
-@pytest.fixture
-def bank(tiny_model, tiny_processor) -> TextBank:
+def collator_of(model, processor, cross_lingual=0.5, noise_std=0.3, max_length=160) -> WriteCollator:
     bank = TextBank(GROUPS, ("en", "zh"))
-    bank.embed(tiny_model.model, tiny_processor, batch_size=3)
-    return bank
+    bank.embed(model.model, processor)
+    texts = ReportTexts(processor.tokenizer, model.config, max_length=max_length)
+    return WriteCollator(texts, bank, cross_lingual, noise_std, seed=3)
 
 
 # --- what is written, and from what ----------------------------------------------------------------------------------
 
 
-def test_a_text_is_embedded_once_and_written_in_its_language(bank, tiny_model, tiny_processor):
-    assert sorted(bank.texts) == sorted({text for group in GROUPS for text in group.versions.values()})
-    assert [(passage.text, passage.language) for passage in bank.passages] == [
-        (group.versions[language], language) for group in GROUPS for language in group.targets
-    ]
-    for passage in bank.passages:
-        assert bank.texts[passage.own_row] == passage.text
-        inputs = tiny_processor(text=passage.text, return_tensors="pt")
-        alone = tiny_model.model.get_text_features(**inputs)[0]
-        torch.testing.assert_close(bank.embeds[passage.own_row], alone, atol=1e-5, rtol=0)
-
-
-def test_only_translations_are_written_across_languages(bank, tiny_model, tiny_processor):
+def test_only_translations_are_written_across_languages(tiny_model, tiny_processor):
+    always, never = (collator_of(tiny_model, tiny_processor, share, 0.0) for share in (1.0, 0.0))
+    bank = always.bank
     across = {(bank.texts[p.own_row], *(bank.texts[row] for row in p.other_rows)) for p in bank.passages}
-    assert across == {
-        ("Clear lungs.", "双肺清晰。"),
-        ("双肺清晰。", "Clear lungs."),
-        ("Clear lungs.",),
-        ("心影正常。",),
-        ("Normal heart.", "心影正常。"),
-        ("心影正常。", "Normal heart."),
-        ("未见胸腔积液。", "There is no effusion."),
-    }
-    always, never = (
-        WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(cross_lingual=share), cache=None)
-        for share in (1.0, 0.0)
-    )
-    first, lone = bank.passages[0], bank.passages[2]
-    rng = np.random.default_rng(0)
-    assert {always._source_row(first, rng) for _ in range(9)} == set(first.other_rows)
-    assert {never._source_row(first, rng) for _ in range(9)} == {first.own_row}
-    assert always._source_row(lone, rng) == lone.own_row
-    for collator, rows in ((always, [*first.other_rows, lone.own_row]), (never, [first.own_row, lone.own_row])):
-        assert torch.equal(collator([first, lone])["text"]["shared_embeds"], bank.embeds[rows])
+    assert {("Clear lungs.", "双肺清晰。"), ("双肺清晰。", "Clear lungs."), ("Unremarkable.",)} < across
+    rows = [passage.own_row for passage in bank.passages]
+    others = [row[0] if (row := passage.other_rows) else passage.own_row for passage in bank.passages]
+    for collator, expected in ((always, others), (never, rows)):
+        batch = collator(range(len(rows)))
+        assert torch.equal(batch["shared_embeds"], bank.embeds[expected].float())
+        assert batch["study_ids"] == [passage.study for passage in bank.passages]
+    assert bank.passages[0].study == "first/1"
 
 
-def test_what_is_only_written_from_is_no_target_and_not_in_the_memory(bank):
-    paraphrase = bank.texts.index("There is no effusion.")
-    assert paraphrase not in {passage.own_row for passage in bank.passages}
-    assert paraphrase not in {row for rows in bank.rows_of.values() for row in rows}
-    assert [bank.texts[row] for row in bank.rows_of["second", "zh"]] == ["心影正常。", "未见胸腔积液。"]
-    written_elsewhere = TextGroup("first", {"en": "There is no effusion."}, ("en",))
-    both = TextBank([*GROUPS, written_elsewhere], ("en", "zh"))
-    assert paraphrase in both.rows_of["first", "en"], "a report that reads as a paraphrase does is a report"
+def test_draws_hang_on_epoch_and_passage_not_on_the_batch(tiny_model, tiny_processor):
+    collator = collator_of(tiny_model, tiny_processor)
+    whole = collator([0, 1, 2, 3])["shared_embeds"]
+    assert torch.equal(whole, torch.cat([collator([0, 1])["shared_embeds"], collator([2, 3])["shared_embeds"]]))
+    assert torch.equal(whole[[2, 0]], collator([2, 0])["shared_embeds"])
+    collator.set_epoch(1)
+    assert not torch.isclose(whole, collator([0, 1, 2, 3])["shared_embeds"]).all(dim=1).any()
 
 
-def test_the_memory_is_drawn_in_equal_shares_without_repeats(bank):
-    memory = bank.support_memory(("en", "zh"), ["first", "second"], size=2, seed=0)
-    assert memory.shape == (2, 2, 16)
-    for language, rows in enumerate(memory):
-        expected = {("first", "en"): "Clear lungs.", ("second", "en"): "Normal heart."}
-        if language == 0:
-            stored = {bank.texts[int((bank.embeds @ row).argmax())] for row in rows}
-            assert stored == set(expected.values())
-    with pytest.raises(ValueError, match="Expected 3 texts a language for the support memory, the sets have 2"):
-        bank.support_memory(("en", "zh"), ["first", "second"], size=3, seed=0)
+def test_noise_has_the_norm_of_the_config(tiny_model, tiny_processor):
+    collator = collator_of(tiny_model, tiny_processor, cross_lingual=0.0)
+    moved = []
+    for epoch in range(60):
+        collator.set_epoch(epoch)
+        batch = collator(range(len(collator.bank.passages)))["shared_embeds"]
+        torch.testing.assert_close(batch.norm(dim=1), torch.ones(len(batch)), atol=1e-5, rtol=0)
+        rows = [passage.own_row for passage in collator.bank.passages]
+        moved.append(nn.functional.cosine_similarity(batch, collator.bank.embeds[rows].float()))
+    drawn = add_noise(collator.bank.embeds[rows * 60].float(), 0.3)
+    expected = nn.functional.cosine_similarity(drawn, collator.bank.embeds[rows * 60].float()).mean()
+    assert torch.stack(moved).mean() == pytest.approx(float(expected), abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("available", "size", "shares"),
-    [
-        ([9, 9], 6, [3, 3]),
-        ([1, 9], 6, [1, 5]),
-        ([9, 1, 9], 7, [3, 1, 3]),
-        ([0, 4], 4, [0, 4]),
-        ([5, 5, 5], 7, [2, 2, 3]),
-    ],
-)
-def test_equal_shares(available, size, shares):
-    assert _equal_shares(available, size) == shares
-
-
-def test_decoder_inputs_are_prompt_report_end(bank, tiny_model, tiny_processor):
-    collator = WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(), cache=None)
+def test_decoder_inputs_are_prompt_report_end(tiny_model, tiny_processor):
+    texts_of = ReportTexts(tiny_processor.tokenizer, tiny_model.config)
     texts = ["Clear lungs.", "心影正常，双侧胸腔未见积液。"]
-    inputs = collator.texts.decoder_inputs(texts, ["en", "zh"])
+    inputs = texts_of.decoder_inputs(texts, ["en", "zh"])
     assert inputs["input_ids"][:, :5].tolist() == [[4, 4, 4, 4, 5], [4, 4, 4, 4, 6]]
     for row, text in enumerate(texts):
         real = inputs["attention_mask"][row].bool()
@@ -139,101 +107,12 @@ def test_decoder_inputs_are_prompt_report_end(bank, tiny_model, tiny_processor):
 @pytest.mark.parametrize(
     ("text", "mark"), [("The heart is normal. " * 40, "."), ("双侧胸腔未见积液。" * 40, "。"), ("effusion " * 60, "")]
 )
-def test_a_long_report_ends_with_a_whole_sentence(text, mark, bank, tiny_model, tiny_processor):
-    collator = WriteCollator(tiny_model, tiny_processor, bank, WriteRecipe(max_text_length=20), cache=None)
-    ids = collator.texts.encoded(text)
+def test_a_long_report_ends_with_a_whole_sentence(text, mark, tiny_model, tiny_processor):
+    texts_of = ReportTexts(tiny_processor.tokenizer, tiny_model.config, max_length=20)
+    ids = texts_of.encoded(text)
     assert 9 < len(ids) < 20
     kept = tiny_processor.tokenizer.decode(ids)
     assert text.startswith(kept) and kept.endswith(mark)
-
-
-def recipe_of(made_up_data, **values) -> WriteRecipe:
-    sets = {"text_sets": {"reported": 2, "texts": 1}, "parallel_sets": ["texts"]}
-    return WriteRecipe(data_root=str(made_up_data), **{**sets, **values})
-
-
-def add_rows(path, rows) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def test_only_texts_of_the_training_part_are_read(made_up_data):
-    groups = load_texts(recipe_of(made_up_data, exclude=["0"]))
-    english = [group.versions["en"] for group in groups]
-    assert sum("view 1." in text for text in english) == 2
-    assert not any(f"view {number}." in text for text in english for number in (0, 4, 5, 8, 12))
-    assert {group.targets for group in groups if group.source == "reported"} == {("en", "zh")}
-    assert [group for group in groups if group.source == "texts"] == [
-        *(TextGroup("texts", {"en": f"Heart number {number} is normal."}, ("en",)) for number in (1, 2)),
-        *(
-            TextGroup("texts", {"en": f"Heart number {number}.", "zh": f"心影{number}号。"}, ("zh",))
-            for number in (1, 2)
-        ),
-    ], "a translation is written, and the paraphrase that it was made of is not"
-
-
-def test_a_paraphrase_is_neither_written_nor_remembered(made_up_data):
-    # Of study 5 nothing is left when sentences about earlier examinations are gone.
-    row = {"study_id": "5", "modality": "cxr", "split": "train", "findings_en": "Unchanged from the prior exam."}
-    add_rows(made_up_data / "texts" / "data.jsonl", [row])
-    pair = {"study_id": "5", "en": "Heart number 5.", "zh": "心影5号。"}
-    add_rows(made_up_data / "texts" / "parallel_en_zh.jsonl", [pair])
-    bank = TextBank(load_texts(recipe_of(made_up_data)), ("en", "zh"))
-    paraphrases = {row for row, text in enumerate(bank.texts) if re.fullmatch(r"Heart number \d\.", text)}
-    assert len(paraphrases) >= 3
-    assert not paraphrases & {passage.own_row for passage in bank.passages}
-    assert not paraphrases & {row for rows in bank.rows_of.values() for row in rows}
-    sources = {bank.texts[row] for passage in bank.passages for row in passage.other_rows}
-    assert {"Heart number 1.", "Heart number 2."} <= sources
-
-
-def test_translations_that_tell_of_earlier_examinations_or_are_masked_are_not_written(made_up_data):
-    pairs = [
-        {"study_id": "1", "en": "The heart is unchanged from the prior exam.", "zh": "心影较前无变化。"},
-        {"study_id": "2", "en": "XXXX wires are seen.", "zh": "可见XXXX金属丝。"},
-        {"study_id": "2", "en": "The heart is large.", "zh": "心影增大。"},
-    ]
-    add_rows(made_up_data / "texts" / "parallel_en_zh.jsonl", pairs)
-    bank = TextBank(load_texts(recipe_of(made_up_data)), ("en", "zh"))
-    for pair in pairs[:2]:
-        assert not {pair["en"], pair["zh"]} & set(bank.texts)
-    assert {"心影增大。", "心影1号。"} <= {passage.text for passage in bank.passages}
-
-
-def test_pairs_are_images_of_the_training_part_with_each_language(made_up_data):
-    recipe = recipe_of(made_up_data, supervised_sets={"reported": 2, "labelled": 1, "texts": 1}, exclude=["0"])
-    pairs = [(study.source, study.study_id, language) for study, language in load_pairs(recipe, ("en", "zh"))]
-    assert sorted(pairs) == sorted(
-        [("reported", number, language) for number in "12367" for language in ("en", "zh")] * 2
-    )
-    assert {language for _, language in load_pairs(recipe, ("zh",))} == {"zh"}
-
-
-def test_a_set_that_states_no_parts_is_trained_on_whole(made_up_data):
-    path = made_up_data / "reported" / "metadata.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    path.write_text("", encoding="utf-8")
-    add_rows(path, [{name: value for name, value in row.items() if name != "split"} for row in rows])
-    recipe = recipe_of(made_up_data, text_sets={"reported": 1}, supervised_sets={"reported": 1})
-    assert len(load_texts(recipe)) == len(rows)
-    assert len(load_pairs(recipe, ("en", "zh"))) == 2 * len(rows)
-
-
-def test_a_batch_holds_items_of_like_length_and_an_epoch_each_of_them_once(made_up_data):
-    texts = ["a" * (1 + 7 * number % 64) for number in range(60)]
-    passages = [Passage(text, "en", row, ()) for row, text in enumerate(texts)]
-    pairs = load_pairs(recipe_of(made_up_data, supervised_sets={"reported": 1}), ("en", "zh"))
-    dataset = WriteDataset(passages, pairs)
-    lengths = dataset.lengths()
-    assert lengths[:60] == [len(text) for text in texts]
-    assert lengths[60:] == [len(study.reports[language].encode()) for study, language in pairs]
-    trainer = WriteTrainer.__new__(WriteTrainer)
-    trainer.train_dataset, trainer.args = dataset, SimpleNamespace(seed=3, train_batch_size=4)
-    order = list(trainer._get_train_sampler(dataset))
-    assert sorted(order) == list(range(len(dataset)))
-    batches = [[lengths[index] for index in order[start : start + 4]] for start in range(0, len(order), 4)]
-    assert np.mean([max(batch) - min(batch) for batch in batches]) < 0.3 * np.ptp(lengths)
-    assert order != list(range(len(dataset)))
 
 
 # --- the writer ------------------------------------------------------------------------------------------------------
@@ -270,9 +149,11 @@ def test_misspelt_and_wrong_values_are_refused(values, message, tiny_checkpoint)
 
 
 @pytest.fixture
-def base(write_recipe, tmp_path):
-    """Returns the folder of a stage 1 that has hardly been trained."""
-    run_recipe(write_recipe("align"), ["--max_steps", "1", "--eval_strategy", "no"])
+def base(tiny_model, tiny_processor, tmp_path):
+    """Returns the folder of a stage 1 that has not been trained, with a memory of six."""
+    tiny_model.model.config.support_memory_size = 6
+    tiny_model.model.save_pretrained(tmp_path / "align")
+    tiny_processor.save_pretrained(tmp_path / "align")
     return tmp_path / "align"
 
 
@@ -284,7 +165,8 @@ def test_text_alone_trains_resumes_and_writes(base, write_recipe, tmp_path):
     facts = run_recipe(write_recipe("write", generation={"num_beams": 2}))
     folder = tmp_path / "write"
     assert facts["output_dir"] == str(folder)
-    assert (facts["supervision"], facts["pairs"], facts["steps"]) == ("text alone", 0, 3)
+    assert (facts["supervision"], facts["passages"], facts["steps"]) == ("text alone", 30, 3)
+    assert facts["memory"] == {"method": "sampled", "size": 6, "sets": ["reported", "texts"]}
     assert set(facts["validation"]) >= {"eval_bleu_4_en", "eval_rouge_l_zh", "eval_distinct_zh"}
     assert losses(folder) == [1, 2, 3]
     assert (folder / "curves.png").stat().st_size > 5000
@@ -297,7 +179,7 @@ def test_text_alone_trains_resumes_and_writes(base, write_recipe, tmp_path):
     with pytest.raises(ValueError, match="holds a run with another cross_lingual, generation"):
         run_recipe(write_recipe("write", cross_lingual=0.1), ["--max_steps", "5"])
     facts = run_recipe(write_recipe("write", generation={"num_beams": 2}), ["--max_steps", "5"])
-    assert facts["steps"] == 5 and json.loads((folder / "run.json").read_text())["steps"] == 5
+    assert facts["steps"] == 5 and json.loads((folder / "training.json").read_text())["steps"] == 5
     assert losses(folder) == [1, 2, 3, 4, 5], "it goes on at step 4"
 
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -327,25 +209,142 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         torch.testing.assert_close(resumed[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_pairs_move_the_way_from_the_image_alone(base, write_recipe, tmp_path):
-    facts = run_recipe(write_recipe("write", supervised_sets={"reported": 3}, max_steps=4))
-    assert facts["pairs"] == 6 * 2 * 3 and "reported" in facts["supervision"]
-    before, after = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("align", "write"))
-    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"study_pooling", "visual_projection"}
-
-
-def test_a_writer_can_be_gone_on_from(base, write_recipe, tmp_path):
-    run_recipe(write_recipe("write", eval_strategy="no"))
-    again = write_recipe("write", base=str(tmp_path / "write"), output_dir=str(tmp_path / "more"), eval_strategy="no")
-    run_recipe(again, ["--learning_rate", "1e-9", "--max_steps", "1"])
+def test_training_brings_the_loss_down_and_can_be_gone_on_from(base, write_recipe, tmp_path):
+    run_recipe(write_recipe("write", eval_strategy="no", save_strategy="no"), ["--max_steps", "30"])
+    history = json.loads((tmp_path / "write" / "history.json").read_text())
+    values = [entry["loss"] for entry in history if "loss" in entry]
+    assert np.mean(values[-3:]) < 0.6 * np.mean(values[:3])
+    more = {"base": str(tmp_path / "write"), "output_dir": str(tmp_path / "more"), "memory": {}}
+    again = write_recipe("write", **more, eval_strategy="no", save_strategy="no")
+    facts = run_recipe(again, ["--learning_rate", "1e-9", "--max_steps", "1"])
+    assert facts["memory"] == "that of the base"
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("write", "more"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, atol=1e-6, rtol=0, msg=name)
 
 
-def test_training_brings_the_loss_down(base, write_recipe, tmp_path):
-    run_recipe(write_recipe("write", eval_strategy="no"), ["--max_steps", "30"])
-    history = json.loads((tmp_path / "write" / "history.json").read_text())
-    values = [entry["loss"] for entry in history if "loss" in entry]
-    assert np.mean(values[-3:]) < 0.6 * np.mean(values[:3])
+def test_noise_and_memory_of_the_recipe_reach_the_checkpoint(base, write_recipe, tmp_path):
+    memory = {"method": "medoids", "size": 4, "sets": ["reported"]}
+    run_recipe(write_recipe("write", memory=memory, model={"text_noise_std": 0.7}, eval_strategy="no", max_steps=1))
+    config = M3FMConfig.from_pretrained(tmp_path / "write")
+    assert (config.support_memory_size, config.text_noise_std) == (4, 0.7)
+    assert load_file(tmp_path / "write" / "model.safetensors")["support_memory"].shape == (2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_text_length": 252}, "set `max_text_length` to 251 at most"),
+        ({"text_sets": {"labelled": 1}}, r"text_sets: \['labelled'\] have no training text"),
+        ({"validation_set": "labelled"}, "labelled has no validation study with images and reports"),
+        ({"memory": {"size": 99}}, "Expected 99 texts a language for the support memory, the sets have 10"),
+        ({"decoder_training": "lora"}, "'lora' needs a trained decoder"),
+        ({"decoder_training": "last_2"}, "got 'last_2', expected 'full' or 'lora'"),
+        ({"cross_lingual": 1.5}, "expected a share of 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(values, message, base, write_recipe, made_up_data):
+    long = {"study_id": "9", "modality": "cxr", "split": "train", "report_en": "Clear. " * 126}
+    with open(made_up_data / "texts" / "data.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(long) + "\n")
+    with pytest.raises(ValueError, match=message):
+        run_recipe(write_recipe("write", **values))
+
+
+def test_a_pretrained_decoder_is_trained_by_lora_and_merged(base, write_recipe, tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(**sizes, num_key_value_heads=1, head_dim=12, vocab_size=len(tokenizer), eos_token_id=3)
+    torch.manual_seed(1)
+    pretrained = Qwen3ForCausalLM(config)
+    pretrained.save_pretrained(tmp_path / "qwen")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    values = {"decoder": str(tmp_path / "qwen"), "decoder_training": "lora", "lora": {"r": 2}}
+    facts = run_recipe(write_recipe("write", **values, eval_strategy="no", max_steps=2, generation={"num_beams": 1}))
+    folder = tmp_path / "write"
+    assert facts["recipe"]["lora"]["r"] == 2
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(model.decoder) is Qwen3ForCausalLM
+    assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+    moved = [
+        name
+        for name, weight in pretrained.state_dict().items()
+        if not torch.equal(weight, model.decoder.state_dict()[name])
+    ]
+    assert moved and all("_proj" in name for name in moved), "LoRA is in the layers of the blocks, and nothing else is"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="has a decoder already"):
+        run_recipe(write_recipe("write", base=str(folder), **values, output_dir=str(tmp_path / "more")))
+
+
+def test_settings_that_moved_name_their_new_place(base, write_recipe):
+    with pytest.raises(ValueError, match="supervised_sets: .* expected `recipe: pairs`"):
+        run_recipe(write_recipe("write", supervised_sets={"reported": 3}))
+
+
+# --- the gradient of a step ------------------------------------------------------------------------------------------
+
+
+PLAIN_STEPS = {"optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0, "learning_rate": 1.0, "eval_strategy": "no"}
+
+
+def test_a_step_has_the_gradient_of_its_tokens_over_micro_batches(base, write_recipe, tmp_path):
+    values = {**PLAIN_STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    path = write_recipe("write", **values)
+    run_recipe(path)
+    recipe = WriteRecipe(
+        data_root=str(tmp_path / "data"),
+        text_sets={"reported": 2, "texts": 1},
+        parallel_sets=["texts"],
+        base=str(base),
+        feature_cache=str(tmp_path / "features"),
+    )
+    set_seed(5)
+    model, processor, _ = build_writer(recipe)
+    bank = TextBank(load_texts(recipe), ("en", "zh"))
+    bank.embed(model.model, processor)
+    lengths = checked_lengths(bank, recipe, model, processor)
+    numbers = LengthBucketSampler(lengths, 2, seed=5).all_batches(0)[:2].ravel().tolist()
+    texts = ReportTexts(processor.tokenizer, model.config)
+    batch = WriteCollator(texts, bank, 0.5, model.config.text_noise_std, seed=5)(numbers)
+    assert len({int(count) for count in (batch["labels"][:, 1:] >= 0).sum(1)}) > 1
+    del batch["study_ids"]
+    before = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    model(**batch).loss.backward()
+    after = load_file(tmp_path / "write" / "model.safetensors")
+    for name, weight in model.named_parameters():
+        if weight.grad is not None and not name.startswith("model."):
+            torch.testing.assert_close(before[name] - after[name], weight.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def on_a_rank(rank: int, recipe: Path, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port_of(folder))}
+    text_bank._PART_TEXTS = 8
+    run_recipe(recipe)
+
+
+def free_port_of(folder: Path) -> int:
+    return int((folder / "port").read_text())
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_train_as_one_does_with_the_batches_of_both(base, write_recipe, tmp_path):
+    values = {**PLAIN_STEPS, "learning_rate": 0.5, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    alone = run_recipe(
+        write_recipe("write", **values, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
+    )
+    both = write_recipe("write", **values, per_device_train_batch_size=2, feature_cache=str(tmp_path / "shared"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    spawn(on_a_rank, (both, tmp_path), nprocs=2)
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("write", "one"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=2e-5, rtol=1e-4, msg=name)
+    histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("write", "one")]
+    losses_of_both, losses_alone = ([entry["loss"] for entry in each if "loss" in entry] for each in histories)
+    assert losses_of_both == pytest.approx(losses_alone, abs=2e-3)
+    facts = json.loads((tmp_path / "write" / "training.json").read_text())
+    assert facts["validation"] == pytest.approx(alone["validation"], abs=1e-6)
+    assert (facts["samples_seen"], facts["tokens_seen"]) == (alone["samples_seen"], alone["tokens_seen"])
