@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from m3fm_data_cli import DATA, add_data
@@ -135,13 +136,21 @@ _TRAIN_EPILOG = f"""\
 examples:
   m3fm train --list
       the recipes that ship
-  m3fm train align-small --data_root /data/chest --output_dir runs/mine
+  m3fm train small --dry-run
+      what it would take, stage by stage: parameters, memory, steps, tokens, time, disk; nothing is started
+  m3fm train align-small --set data_root=/data/chest output_dir=runs/mine
       one of them, on a data folder of your own
-  m3fm train my-recipe.yaml --learning_rate 1e-4 --num_train_epochs 3
-      a recipe of your own, with two settings replaced
+  m3fm train small --set stages.align.learning_rate=1e-4 stages.write.num_train_epochs=3
+      a recipe of several stages, with settings of two of them replaced
+  m3fm train my-recipe.yaml --set model.text_encoder_config.hidden_size=128 --learning_rate 1e-4
+      a recipe of your own; `--name value` is the same as `--set name=value`
+  torchrun --nproc_per_node 8 -m m3fm train base
+      on eight GPUs of one machine; every recipe runs so
+  accelerate launch --config_file fsdp.yaml -m m3fm train large
+      with what accelerate can do: several machines, FSDP
 
-output: the checkpoint with its processor, run.json (settings and validation scores), history.json and curves.png,
-in the recipe's output_dir.
+output: the checkpoint with its processor, training.json (settings, data, scores), history.json and curves.png, in the
+recipe's output_dir; of several stages, a folder each in it, and stages.json.
 
 {EXIT_CODES}"""
 
@@ -199,6 +208,7 @@ examples:
 
 {EXIT_CODES}"""
 
+_ERROR_PATIENCE = 20.0  # seconds
 _TRACEBACK = "show where an error was raised, for a bug report"
 
 
@@ -223,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe may have an encoding that has no Chinese
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if args.command != "train":  # a recipe may name a model of the hub; every other command takes a folder
+    # A recipe may name a model of the hub; every other command takes a folder, and a plan needs no weights.
+    if args.command != "train" or args.dry_run:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     try:
         from m3fm import cli
@@ -238,11 +249,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more at its end, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if args.traceback:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        _tell_error(error)
         return EXIT_ERROR
+    except RuntimeError:
+        _await_launcher()
+        raise
+
+
+def _tell_error(error: Exception) -> None:
+    """Writes an error to stderr, once: what all processes of a training run into, the first of them tells."""
+    _await_launcher()
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+
+
+def _await_launcher() -> None:
+    """Lets the launcher end this process, as it does where the first one of the run has failed, and with it this."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_ERROR_PATIENCE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -339,10 +366,24 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the recipes that ship")
+    parser.add_argument("--dry-run", action="store_true", help="say what the recipe would take, and start nothing")
+    parser.add_argument("--format", choices=("text", "json"), help="of what --dry-run says (default: text)")
+    parser.add_argument("--ranks", type=count, metavar="N", help="processes that --dry-run plans for (default: 1)")
+    parser.add_argument(
+        "--tflops",
+        type=count,
+        metavar="N",
+        help="of a matrix multiplication on the device that --dry-run plans for (default: measured on this one)",
+    )
     # Shown in the help only: what the parser does not know are the recipe and its settings, in whatever order.
-    parser.usage = "m3fm train [-h] [--list] [--traceback] RECIPE [--setting value ...]"
+    parser.usage = (
+        "m3fm train [-h] [--list] [--dry-run [--ranks N] [--tflops N] [--format {text,json}]]\n"
+        "                  [--traceback] RECIPE [--set name=value ...] [--name value ...]"
+    )
     parser.add_argument_group(
-        "RECIPE", "A YAML file, or the name of a recipe that ships. Each --setting replaces one of its lines."
+        "RECIPE",
+        "A YAML file, or the name of a recipe that ships. Each setting replaces one of its lines; a dot leads into\n"
+        "a block. Values are read as YAML.",
     )
 
 

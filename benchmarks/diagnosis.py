@@ -43,6 +43,7 @@ from m3fm.training.classify import (
 )
 from m3fm.training.features import FeatureCache
 from m3fm.training.recipe import find_recipe, run_recipe
+from m3fm.training.record import read_record
 from m3fm.training.supervision import Examples
 
 # Set to its labels; none named: all that validation has often enough.
@@ -81,7 +82,7 @@ def train_head(name: str, labels: Sequence[str], features: str, options: argpars
         "output_dir": str(folder),
         "disable_tqdm": True,
     }
-    if not (folder / "run.json").is_file():
+    if read_record(folder) is None:
         words = [word for key, value in changes.items() for word in (f"--{key}", json.dumps(value))]
         run_recipe(find_recipe(options.recipe), words)
     return folder
@@ -89,7 +90,7 @@ def train_head(name: str, labels: Sequence[str], features: str, options: argpars
 
 def recipe_of(folder: Path) -> ClassifyRecipe:
     """Returns the recipe that a finished run was made by."""
-    return ClassifyRecipe(**json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    return ClassifyRecipe(**read_record(folder)["recipe"])
 
 
 @torch.inference_mode()

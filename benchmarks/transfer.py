@@ -30,6 +30,7 @@ from m3fm.evaluation.runs import NOTICE, group_numbers, library_versions, write_
 from m3fm.evaluation.tables import difference, markdown_table, number
 from m3fm.training.features import FeatureCache
 from m3fm.training.recipe import find_recipe, run_recipe
+from m3fm.training.record import read_record
 
 # Where nothing is left out.
 NOTHING = "all"
@@ -43,9 +44,9 @@ def train(recipe: Path, left_out: str, folder: Path, steps: int, options: argpar
     Raises:
         ValueError: If the folder holds a run of another length or recipe.
     """
-    finished = folder / "run.json"
-    if finished.is_file():
-        done = json.loads(finished.read_text(encoding="utf-8"))["steps"]
+    record = read_record(folder)
+    if record is not None:
+        done = record["steps"]
         if done != steps:
             raise ValueError(f"{folder} holds a run of {done} steps, not {steps}: expected another folder of runs.")
         return
@@ -178,7 +179,7 @@ def main() -> None:
         parser.error(f"--leave-out got {unknown}, expected some of {[NOTHING, *sets]}")
     for left_out in wanted:
         train(recipe, left_out, options.runs / left_out, options.steps, options)
-    finished = [name for name in (NOTHING, *sets) if (options.runs / name / "run.json").is_file()]
+    finished = [name for name in (NOTHING, *sets) if read_record(options.runs / name) is not None]
     if NOTHING not in finished:
         return
     scores = {

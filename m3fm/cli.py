@@ -1,13 +1,14 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """What the commands of `m3fm` do; what may be typed stands in `m3fm_cli.py` and `m3fm_data_cli.py`."""
 
+import collections
 import contextlib
-import itertools
+import os
 import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,12 @@ def explain(args: Namespace) -> int:
 
 
 def train(args: Namespace) -> int:
-    """Runs a recipe, or lists those that ship."""
-    from .training.recipe import RECIPES, find_recipe, run_recipe
+    """Runs a recipe, says what it would take, or lists those that ship."""
+    if not _is_main_rank():
+        # The others of a run say the same.
+        _quieten_transformers()
+        os.environ["TQDM_DISABLE"] = "1"
+    from .training.recipe import RECIPES, find_recipe, plan_recipe, run_recipe
 
     if args.list:
         for path in sorted(RECIPES.glob("*.yaml")):
@@ -172,24 +177,58 @@ def train(args: Namespace) -> int:
         raise ValueError(
             "Expected a recipe beside `--name value` pairs: a YAML file, or one that `m3fm train --list` shows."
         )
-    facts = run_recipe(find_recipe(recipe), settings)
-    sys.stderr.write(f"results are in {facts['output_dir']}\n")
+    path = find_recipe(recipe)
+    if args.dry_run:
+        from .training.plan import format_plans
+
+        _quieten_transformers()
+        plans = plan_recipe(path, settings, args.ranks or 1, args.tflops and args.tflops * 1e12)
+        sys.stdout.write(format_plans(plans, args.format or "text"))
+        return 0
+    if (args.format, args.ranks, args.tflops) != (None, None, None):
+        raise ValueError("--format, --ranks and --tflops are of a plan: expected --dry-run beside them.")
+    facts = run_recipe(path, settings)
+    if _is_main_rank():
+        sys.stderr.write(f"results are in {facts['output_dir']}\n")
     return 0
 
 
+def _is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _split_words(words: list[str]) -> tuple[str | None, list[str]]:
-    """Splits words into the recipe, wherever it stands, and settings, of which `--name=value` becomes two words."""
+    """Splits words into the recipe, wherever it stands, and settings as `--name`, `value` pairs.
+
+    A setting may be written `--name value`, `--name=value`, or `name=value` behind `--set`, several of them in a row.
+    """
     recipe, settings = None, []
-    rest = iter(words)
-    for word in rest:
-        if word.startswith("--"):
+    rest = collections.deque(words)
+    while rest:
+        word = rest.popleft()
+        if word == "--set" or word.startswith("--set="):
+            pairs = [word.removeprefix("--set=")] if word != "--set" else []
+            while rest and "=" in rest[0] and not rest[0].startswith("-") and not Path(rest[0]).is_file():
+                pairs.append(rest.popleft())
+            settings += _pair_words(pairs, rest)
+        elif word.startswith("--"):
             name, equals, value = word.partition("=")
-            settings += [name, value] if equals else [name, *itertools.islice(rest, 1)]
+            settings += [name, value] if equals else [name, *([rest.popleft()] if rest else [])]
         elif recipe is None:
             recipe = word
         else:
             settings.append(word)
     return recipe, settings
+
+
+def _pair_words(pairs: list[str], rest: Sequence[str]) -> list[str]:
+    words = []
+    for pair in pairs or [rest[0] if rest else "nothing"]:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set: expected name=value, as learning_rate=1e-4, got {pair!r}.")
+        words += [f"--{name}", value]
+    return words
 
 
 def evaluate(args: Namespace) -> int:

@@ -5,7 +5,8 @@ Where the paper is silent the nearest primary sources are followed, and named: D
 between images and text by a memory of reports, CapDec (EMNLP 2022) for the noise that the decoder is trained with.
 
 Letters in shapes: B studies, N images of a study, S image tokens of one image, C width of the image tower, Q pooling
-queries, D width of the shared space, M memory entries, P prefix positions, T text tokens, H width of the decoder.
+queries, D width of the shared space, M memory entries, P prefix positions, K further positions of an image, T text
+tokens, H width of the decoder.
 """
 
 from collections.abc import Sequence
@@ -38,11 +39,16 @@ def _default_generation(config: M3FMConfig) -> GenerationConfig:
     return generation
 
 
+# Of the first weights that read image tokens.
+IMAGE_TOKEN_STD = 1e-3
+
+
 class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
     """MultiMedLM on MultiMedCLIP: writes a report from a shared-space embedding, in the language asked for.
 
     The decoder is trained on text alone; at inference the image embedding, carried over the modality gap by the
-    support memory, takes the place of the text embedding.
+    support memory, takes the place of the text embedding. A decoder that was trained on image-report pairs besides may
+    read K pooled queries of the study beside its embedding (`config.num_image_tokens`).
 
     Example:
 
@@ -66,6 +72,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         self.prefix_projector = nn.Linear(
             config.projection_dim, config.num_prefix_tokens * config.text_config.hidden_size
         )
+        if config.num_image_tokens:
+            self.token_projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
         memory = torch.zeros(len(config.languages), config.support_memory_size, config.projection_dim)
         self.register_buffer("support_memory", memory)
         self.post_init()
@@ -76,6 +84,9 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if module is self:
             init.zeros_(module.support_memory)
+            if self.config.num_image_tokens:
+                # Small beside the embeddings of tokens: a decoder that knows text alone is to read on as it did.
+                init.normal_(self.token_projector.weight, std=IMAGE_TOKEN_STD)
 
     def _complete_loading(self, missing: set[str]) -> set[str]:
         # Without generation_config.json transformers reads config.json in its place, which knows no end of a report.
@@ -115,8 +126,12 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             raise ValueError(f"Expected a support memory of shape {expected}, got {tuple(memory.shape)}.")
         self.support_memory.copy_(memory)
 
-    def build_prompt(self, languages: Sequence[str]) -> torch.Tensor:
-        """Returns the decoder's prompt ids (B, P + 1): places for the embedding, then the language token.
+    def build_prompt(self, languages: Sequence[str], num_image_tokens: int = 0) -> torch.Tensor:
+        """Returns the decoder's prompt ids (B, K + P + 1): places for the embedding, then the language token.
+
+        Args:
+            languages: B of them.
+            num_image_tokens: K, places in front for what is read of an image beside its embedding.
 
         Raises:
             ValueError: If the checkpoint does not write one of `languages`.
@@ -124,8 +139,8 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         unknown = sorted({str(language) for language in languages} - set(self.config.languages))
         if unknown:
             raise ValueError(f"Unsupported language {unknown}: expected one of {list(self.config.languages)}.")
-        prefix = [self.config.image_token_id] * self.config.num_prefix_tokens
-        ids = [[*prefix, self.config.language_token_ids[language]] for language in languages]
+        places = [self.config.image_token_id] * (num_image_tokens + self.config.num_prefix_tokens)
+        ids = [[*places, self.config.language_token_ids[language]] for language in languages]
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def get_shared_embeds(
@@ -143,7 +158,10 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If the support memory was never filled, or there is not one language a study.
         """
-        image_embeds = self.model.get_image_features(pixel_values, image_mask, vision_features)
+        return self._cross(self.model.get_image_features(pixel_values, image_mask, vision_features), languages)
+
+    def _cross(self, image_embeds: torch.Tensor, languages: Sequence[str]) -> torch.Tensor:
+        """Carries image embeddings (B, D) over the modality gap."""
         if len(languages) != image_embeds.shape[0]:
             raise ValueError(f"Expected one language or {image_embeds.shape[0]} of them, got {len(languages)}.")
         if self.config.support_memory_size == 0:
@@ -155,6 +173,15 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         if len(set(languages)) == 1:
             return cross_modality_gap(image_embeds, memory[rows[0]], self.config.support_temperature)
         return cross_modality_gap(image_embeds, memory[rows], self.config.support_temperature)
+
+    def _read_studies(
+        self, languages: Sequence[str], pixel_values: Any, image_mask: Any, vision_features: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what the decoder reads of studies: (B, D) as `get_shared_embeds`, and (B, K, C) where K > 0."""
+        pooled = self.model.pool_studies(pixel_values, image_mask, vision_features)  # (B, Q, C)
+        shared_embeds = self._cross(self.model.embed_pooled(pooled), languages)
+        count = self.config.num_image_tokens
+        return shared_embeds, pooled[:, :count] if count else None
 
     @can_return_tuple
     def forward(
@@ -168,6 +195,7 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -176,8 +204,9 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         """Predicts the next token of reports, the embedding standing at the image placeholders of `input_ids`.
 
         Args:
-            input_ids: (B, T), `build_prompt` followed by the report.
-            shared_embeds: (B, D), unit norm: of a text in training, of a study in inference.
+            input_ids: (B, T), `build_prompt` followed by the report; of an image with its K places more.
+            shared_embeds: (B, D), unit norm: of a text in training, of a study in inference. Beside images: of the
+                texts that follow them in `input_ids`, as many rows less.
             attention_mask: (B, T).
             position_ids: (B, T).
             past_key_values: Cache of earlier positions.
@@ -185,18 +214,21 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             pixel_values: (B, N, 3, H, W) instead of `shared_embeds`: supervised training on images.
             image_mask: (B, N).
             vision_features: (B, N, S, C) instead of `pixel_values`.
+            image_tokens: (B, K, C), of the studies that `shared_embeds` are of, where K > 0.
             labels: (B, T), -100 where there is no loss.
             use_cache: Whether to return a cache.
             logits_to_keep: Last positions (or their indices) that logits are computed for; 0 is all.
             kwargs: What the decoder's forward takes besides.
 
         Raises:
-            ValueError: If placeholders stand in `input_ids` and there is nothing to put there, or not P of them.
+            ValueError: If placeholders stand in `input_ids` and there is nothing to put there, or another number.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, shared_embeds, pixel_values, image_mask, vision_features)
+            inputs_embeds = self._embed(
+                input_ids, shared_embeds, pixel_values, image_mask, vision_features, image_tokens
+            )
         outputs = self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -219,11 +251,12 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         )
 
     def _languages_of(self, input_ids: torch.Tensor) -> list[str]:
-        """Reads the language of each prompt back from its language token."""
+        """Reads the language of each prompt of an image back from its language token."""
         codes = {token_id: language for language, token_id in self.config.language_token_ids.items()}
-        tokens = input_ids[:, self.config.num_prefix_tokens].tolist()
+        position = self.config.num_image_tokens + self.config.num_prefix_tokens
+        tokens = input_ids[:, position].tolist()
         if any(token not in codes for token in tokens):
-            raise ValueError(f"Expected a language token at position {self.config.num_prefix_tokens} of input_ids.")
+            raise ValueError(f"Expected a language token at position {position} of input_ids.")
         return [codes[token] for token in tokens]
 
     def _embed(
@@ -233,21 +266,28 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         image_mask: torch.Tensor | None,
         vision_features: torch.Tensor | None,
+        image_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Embeds `input_ids` (B, T), the unfolded embedding of texts or images at the placeholders: (B, T, H)."""
-        if shared_embeds is None and (pixel_values is not None or vision_features is not None):
-            languages = self._languages_of(input_ids)
-            shared_embeds = self.get_shared_embeds(languages, pixel_values, image_mask, vision_features)
+        """Embeds `input_ids` (B, T), what is read of images or texts at the placeholders: (B, T, H)."""
+        images = pixel_values if vision_features is None else vision_features
+        if images is not None:
+            languages = self._languages_of(input_ids[: len(images)])
+            read, image_tokens = self._read_studies(languages, pixel_values, image_mask, vision_features)
+            shared_embeds = read if shared_embeds is None else torch.cat([read, shared_embeds.to(read.dtype)])
         places = input_ids == self.config.image_token_id  # (B, T)
-        self._check_places(places, shared_embeds)
+        self._check_places(places, shared_embeds, 0 if image_tokens is None else len(image_tokens))
         embeds = self.get_input_embeddings()(input_ids)
         if shared_embeds is None:
             return embeds
         prefix = self.prefix_projector(shared_embeds.to(self.prefix_projector.weight.dtype))  # (B, P * H)
+        if image_tokens is not None:
+            further = self.token_projector(image_tokens.to(self.token_projector.weight.dtype)).flatten(1)  # (., K * H)
+            of_images = torch.cat([further, prefix[: len(further)]], dim=1)
+            prefix = torch.cat([of_images.flatten(), prefix[len(further) :].flatten()])
         return embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), prefix.to(embeds.dtype))
 
-    def _check_places(self, places: torch.Tensor, shared_embeds: torch.Tensor | None) -> None:
-        """Refuses placeholders without embedding, and rows (B, T) that have another number of them than P."""
+    def _check_places(self, places: torch.Tensor, shared_embeds: torch.Tensor | None, num_images: int) -> None:
+        """Refuses placeholders without embedding, and rows (B, T) that have other numbers of them than P or K + P."""
         if torch.compiler.is_compiling():  # values are not known there
             return
         if shared_embeds is None:
@@ -257,27 +297,30 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
                     "vision_features or shared_embeds."
                 )
             return
-        counts = places.sum(dim=1).tolist()
-        expected = [self.config.num_prefix_tokens] * len(shared_embeds)
-        if counts != expected:
-            raise ValueError(
-                f"Expected {self.config.num_prefix_tokens} image placeholders in each of {len(shared_embeds)} rows, "
-                f"got {counts}."
+        counts, of_text = places.sum(dim=1).tolist(), self.config.num_prefix_tokens
+        of_image, num_texts = self.config.num_image_tokens + of_text, len(shared_embeds) - num_images
+        if counts != [of_image] * num_images + [of_text] * num_texts:
+            wanted = (
+                [f"{of_text} image placeholders in each of {num_texts} rows"] if num_texts or not num_images else []
             )
+            wanted += [f"{of_image} image placeholders in each of {num_images} rows of images"] if num_images else []
+            raise ValueError(f"Expected {' and '.join(wanted)}, got {counts}.")
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
         shared_embeds: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Passes the embedding to the first step only; from then on it is in the cache."""
+        """Passes what is read of the image to the first step only; from then on it is in the cache."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        inputs["shared_embeds"] = shared_embeds if is_first_iteration or not kwargs.get("use_cache", True) else None
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs |= {"shared_embeds": shared_embeds, "image_tokens": image_tokens}
         return inputs
 
     @torch.no_grad()
@@ -305,7 +348,7 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
             generation_kwargs: What `GenerationMixin.generate` takes (`num_beams`, `do_sample`, `max_new_tokens`, ...).
 
         Returns:
-            Token ids (B, P + 1 + T), the prompt included; special tokens are skipped by
+            Token ids (B, P + 1 + T), of images (B, K + P + 1 + T), the prompt included; special tokens are skipped by
             `processor.batch_decode(ids, skip_special_tokens=True)`.
 
         Raises:
@@ -324,13 +367,16 @@ class M3FMForReportGeneration(M3FMPreTrainedModel, GenerationMixin):
         languages = [language] * batch if isinstance(language, str) else list(language)
         if len(languages) != batch:
             raise ValueError(f"Expected one language or {batch} of them, got {len(languages)}.")
-        prompt = self.build_prompt(languages)
+        # A text has an embedding alone.
+        prompt = self.build_prompt(languages, self.config.num_image_tokens if shared_embeds is None else 0)
+        image_tokens = None
         if shared_embeds is None:
-            shared_embeds = self.get_shared_embeds(languages, pixel_values, image_mask, vision_features)
+            shared_embeds, image_tokens = self._read_studies(languages, pixel_values, image_mask, vision_features)
         return super().generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             shared_embeds=shared_embeds,
+            image_tokens=image_tokens,
             **generation_kwargs,
         )
 
@@ -341,7 +387,12 @@ class M3FMForImageClassification(M3FMPreTrainedModel):
     With `problem_type="multi_label_classification"` labels are (B, L) floats and NaN marks an unknown label.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^prefix_projector\.", r"^support_memory$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^decoder\.",
+        r"^prefix_projector\.",
+        r"^token_projector\.",
+        r"^support_memory$",
+    ]
 
     def __init__(self, config: M3FMConfig):
         super().__init__(config)

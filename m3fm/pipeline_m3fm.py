@@ -20,6 +20,7 @@ _NOT_GENERATION = frozenset(
         "language",
         "shared_embeds",
         "vision_features",
+        "image_tokens",
         "input_ids",
         "attention_mask",
         "num_return_sequences",

@@ -2,6 +2,7 @@
 """The command line: output, bad input, exit codes, and what it must not load or leave behind."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -288,15 +289,27 @@ def test_whole_command_in_a_process_of_its_own(tiny_checkpoint, image, tmp_path)
     assert err.decode().splitlines() == [NOTICE, f"error: {tmp_path / 'absent.png'}: {bad['error']}"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
-def test_reader_that_goes_away_is_no_error(tiny_checkpoint, image, others):
+def into_pipe(words: list[str], pipe: int, errors: Path) -> None:
+    """Runs the command in a child, with what an interpreter does at its end."""
+    torch.set_num_threads(1)
+    sys.stdout, sys.stderr = open(pipe, "w"), errors.open("w")  # noqa: SIM115 - they are the child's
+    code = main(words)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="pipes close otherwise there")
+def test_reader_that_goes_away_is_no_error(tiny_checkpoint, image, others, tmp_path):
     words = ["report", image, *others, "--batch-size", 1, *SHORT, "--model", tiny_checkpoint]
-    process = spawn(*words, stdout=subprocess.PIPE)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 141
-    assert err.splitlines() == [NOTICE]
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ([str(word) for word in words], writer, tmp_path / "errors")
+    process = multiprocessing.get_context("fork").Process(target=into_pipe, args=arguments)
+    process.start()
+    os.close(writer)
+    process.join(120)
+    assert process.exitcode == 141
+    assert (tmp_path / "errors").read_text().splitlines() == [NOTICE]
 
 
 # --------------------------------------------------------------------------------------------------------------------

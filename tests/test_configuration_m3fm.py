@@ -79,6 +79,7 @@ def test_unknown_names_in_a_file_are_refused(tiny_config, tmp_path):
     [
         ({"projection_dim": 0}, "projection_dim >= 1, got 0"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens >= 1, got -1"),
+        ({"num_image_tokens": 9}, "0 <= num_image_tokens <= num_pooling_queries=8, got 9"),
         ({"num_pooling_queries": 0}, "num_pooling_queries >= 1"),
         ({"projection_hidden_size": 0}, "projection_hidden_size >= 1"),
         ({"support_memory_size": -1}, "support_memory_size >= 0, got -1"),

@@ -1,10 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
-"""The diagnosis pipeline: shapes of input and output, names in two languages, calibration, remote code."""
+"""The diagnosis pipeline: shapes of input and output, names in two languages, calibration."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,30 +22,6 @@ from tests.phantoms import radiograph_pixels
 LABELS = ["tuberculosis", "normal", "pneumonia"]
 CHINESE = ["肺结核", "正常", "肺炎"]
 CALIBRATION = {"calibration": {"scale": 0.5, "bias": 0.25}, "threshold": 0.5, "fitted_on": "made-up studies"}
-
-# Runs without the repository on the path.
-SCRIPT = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in ("m3fm",) else self.finder.find_spec(name, path, target)
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-import json
-from transformers import pipeline
-
-diagnose = pipeline("m3fm-diagnosis", model=sys.argv[1], trust_remote_code=True)
-images, sets = (json.loads(each) for each in sys.argv[2:])
-answers = [diagnose(images, candidate_labels=labels, batch_size=2) for labels in sets]
-print(json.dumps(answers))
-"""
 
 
 @pytest.fixture
@@ -255,35 +228,6 @@ def test_two_towers_alone_diagnose_too(tiny_model, tiny_processor, images, diagn
     assert towers(images[0], candidate_labels=LABELS) == diagnose(images[0], candidate_labels=LABELS)
     with pytest.raises(ValueError, match="M3FMModel writes no report"):
         towers(images[0], candidate_labels=LABELS, report_language="en")
-
-
-def test_folder_diagnoses_without_m3fm(tiny_checkpoint, images, tmp_path):
-    config = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
-    table = default_diagnosis()
-    table["tuberculosis"] |= CALIBRATION
-    (tiny_checkpoint / "config.json").write_text(json.dumps(config | {"diagnosis": table}), encoding="utf-8")
-    folder = export_remote_code(tiny_checkpoint, tmp_path / "exported-0.1")
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", str(tmp_path / "script.py"), str(folder), json.dumps(images)]
-    run = subprocess.run(
-        [*command, json.dumps([LABELS, CHINESE])],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    answers = json.loads(run.stdout.splitlines()[-1])
-    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
-    here = M3FMDiagnosisPipeline(model=model, processor=AutoProcessor.from_pretrained(tiny_checkpoint))
-    for labels, rows in zip((LABELS, CHINESE), answers, strict=True):
-        for row, expected in zip(rows, here(images, candidate_labels=labels, batch_size=2), strict=True):
-            assert scores(row) == pytest.approx(scores(expected), abs=1e-4)
-            assert [each["calibrated"] for each in row["labels"]].count(True) == 1
 
 
 def test_an_exported_folder_brings_the_labels_of_the_package(tiny_checkpoint, tmp_path):

@@ -306,7 +306,7 @@ def test_views(tags, view):
         (("FR", "RH"), lambda shown: shown[:, ::-1].T),
         (("H", "R"), lambda shown: shown[::-1, ::-1].T),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_radiographs_are_shown_with_the_patients_right_at_the_left(orientation, stored):
     dataset = radiograph(
@@ -342,7 +342,7 @@ def test_laterals_keep_their_sides_and_implausible_orientations_change_nothing()
         ((0, 1, 0, 1, 0, 0), lambda shown: shown.T),
         ((0, -1, 0, 1, 0, 0), lambda shown: shown[::-1].T),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_slices_are_shown_from_below_with_anterior_at_the_top(orientation, stored):
     image = read(ct_slice(np.ascontiguousarray(stored(RAMP)).astype(np.int16), orientation=orientation))

@@ -1,6 +1,7 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 """`FewShotClassifier`: every form of data, every method, saving, and what it refuses."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -51,9 +52,14 @@ def lists(pictures: dict[str, list[Image.Image]]) -> Callable[..., tuple[list[An
     return build
 
 
+@pytest.fixture(scope="module")
+def loaded(saved_tiny: Path) -> FewShotClassifier:
+    return FewShotClassifier.from_pretrained(saved_tiny)
+
+
 @pytest.fixture
-def learner(tiny_checkpoint: Path) -> FewShotClassifier:
-    return FewShotClassifier.from_pretrained(tiny_checkpoint)
+def learner(loaded: FewShotClassifier, tiny_checkpoint: Path) -> FewShotClassifier:
+    return FewShotClassifier(copy.deepcopy(loaded._model), loaded.processor, str(tiny_checkpoint))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from m3fm import M3FMConfig, M3FMForReportGeneration
+from m3fm import M3FMConfig, M3FMForImageClassification, M3FMForReportGeneration, M3FMModel
 
 LENGTH = 12
 PROMPT = 5  # four places for the image and a language token
@@ -147,6 +147,84 @@ def test_a_report_is_not_cut_at_the_default_of_transformers(tiny_model, studies)
     assert tiny_model.generate(**studies).shape[1] > PROMPT + 150
 
 
+# --- image tokens beside the embedding -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeing(writer: M3FMForReportGeneration) -> M3FMForReportGeneration:
+    """Returns the writer with three image tokens that it listens to."""
+    config = M3FMConfig.from_dict({**writer.config.to_dict(), "num_image_tokens": 3})
+    model = M3FMForReportGeneration(config).eval()
+    missing, _ = model.load_state_dict(writer.state_dict(), strict=False)
+    assert set(missing) == {"token_projector.weight", "token_projector.bias"}
+    torch.nn.init.normal_(model.token_projector.weight, std=0.3, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def test_image_tokens_are_written_from_in_every_way_of_decoding(seeing, writer, studies):
+    languages = ["zh", "en", "en"]
+    rows = write(seeing, studies, language=languages)
+    assert [row[: PROMPT + 3] for row in rows] == [[4] * 3 + PREFIX[language] for language in languages]
+    assert [row[PROMPT + 3 :] for row in rows] != [row[PROMPT:] for row in write(writer, studies, language=languages)]
+    for decoding in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert write(seeing, studies, language=languages, **decoding) == rows
+    beams = write(seeing, studies, language=languages, num_beams=2)
+    assert write(seeing, studies, language=languages, num_beams=2, use_cache=False) == beams
+    tokens = seeing.model.get_vision_features(studies["pixel_values"]).detach()
+    assert write(seeing, {"vision_features": tokens, "image_mask": studies["image_mask"]}, language=languages) == rows
+    for row, language in enumerate(languages):
+        real = int(studies["image_mask"][row].sum())
+        alone = {"pixel_values": studies["pixel_values"][row : row + 1, :real]}
+        assert write(seeing, alone, language=language) == [rows[row]]
+
+
+def test_image_tokens_change_nothing_for_an_embedding_alone(seeing, writer, studies):
+    embeds = writer.get_shared_embeds(["zh"] * 3, **studies).detach()
+    assert torch.equal(seeing.get_shared_embeds(["zh"] * 3, **studies), embeds)
+    expected = write(writer, {"shared_embeds": embeds}, language="zh")
+    assert write(seeing, {"shared_embeds": embeds}, language="zh") == expected
+    assert [row[:PROMPT] for row in expected] == [PREFIX["zh"]] * 3
+
+
+def test_cached_steps_after_image_tokens_give_the_logits_of_one_pass(seeing, studies):
+    outputs = seeing.generate(**studies, max_new_tokens=LENGTH, return_dict_in_generate=True, output_logits=True)
+    with torch.no_grad():
+        whole = seeing(outputs.sequences, **studies).logits[:, PROMPT + 3 - 1 : -1]
+    torch.testing.assert_close(torch.stack(outputs.logits, dim=1), whole, atol=1e-4, rtol=0)
+
+
+def test_texts_may_follow_images_in_one_batch(seeing, studies):
+    words = torch.full((5, 6), 20)
+    images = torch.cat([seeing.build_prompt(["en", "zh", "en"], 3), words[:3]], dim=1)
+    texts = torch.cat([seeing.build_prompt(["en", "zh"]), words[3:]], dim=1)
+    embeds = normalize(torch.randn(2, 16, generator=torch.Generator().manual_seed(4)), dim=-1)
+    with torch.no_grad():
+        apart = [seeing(images, **studies).logits, seeing(texts, shared_embeds=embeds).logits]
+        padded = torch.nn.functional.pad(texts, (0, 3))
+        mask = torch.ones(5, images.shape[1], dtype=torch.long)
+        mask[3:, -3:] = 0
+        joined = torch.cat([images, padded])
+        together = seeing(joined, shared_embeds=embeds, attention_mask=mask, **studies).logits
+    torch.testing.assert_close(together[:3], apart[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(together[3:, :-3], apart[1], atol=1e-4, rtol=0)
+    joined[3, -1] = 4
+    with pytest.raises(ValueError, match=r"4 image placeholders in each of 2 rows and 7 .* 3 rows of images, got"):
+        seeing(joined, shared_embeds=embeds, **studies)
+
+
+def test_a_checkpoint_with_image_tokens_serves_every_class_and_fits_no_other(seeing, writer, studies, tmp_path):
+    seeing.save_pretrained(tmp_path / "seeing")
+    writer.save_pretrained(tmp_path / "plain")
+    again = M3FMForReportGeneration.from_pretrained(tmp_path / "seeing")
+    assert write(again, studies) == write(seeing, studies)
+    assert torch.equal(
+        M3FMModel.from_pretrained(tmp_path / "seeing").text_projection.weight, seeing.model.text_projection.weight
+    )
+    M3FMForImageClassification.from_pretrained(tmp_path / "seeing")
+    with pytest.raises(ValueError, match="missing 2 .token_projector"):
+        M3FMForReportGeneration.from_pretrained(tmp_path / "plain", num_image_tokens=3)
+
+
 # --- the support memory ----------------------------------------------------------------------------------------------
 
 
@@ -224,12 +302,14 @@ def test_wrong_prompts_are_refused(tiny_model, studies):
 @pytest.mark.parametrize(
     "target", [r".*vision_model.*(query|value|q_proj|v_proj)", r"decoder\..*(q_proj|v_proj)", "all-linear"]
 )
-def test_lora_attaches_trains_saves_alone_and_loads(target, writer, studies, tiny_checkpoint, tmp_path):
+def test_lora_attaches_trains_saves_alone_and_loads(target, writer, studies, tmp_path):
     peft = pytest.importorskip("peft")
+    checkpoint = tmp_path / "base"
+    writer.save_pretrained(checkpoint)
     before = write(writer, studies, language="zh")
     torch.manual_seed(3)
     adapted = peft.get_peft_model(
-        M3FMForReportGeneration.from_pretrained(tiny_checkpoint),
+        M3FMForReportGeneration.from_pretrained(checkpoint),
         peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False),
     ).eval()
     trainable = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
@@ -242,11 +322,11 @@ def test_lora_attaches_trains_saves_alone_and_loads(target, writer, studies, tin
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     again = peft.PeftModel.from_pretrained(
-        M3FMForReportGeneration.from_pretrained(tiny_checkpoint), tmp_path / "adapter"
+        M3FMForReportGeneration.from_pretrained(checkpoint), tmp_path / "adapter"
     ).eval()
     with torch.no_grad():
         expected = adapted(input_ids=ids, **studies).logits
         assert torch.equal(again(input_ids=ids, **studies).logits, expected)
-        base = M3FMForReportGeneration.from_pretrained(tiny_checkpoint)
+        base = M3FMForReportGeneration.from_pretrained(checkpoint)
         assert not torch.allclose(base(input_ids=ids, **studies).logits, expected, atol=1e-4)
     assert write(again, studies, language="zh") == write(adapted, studies, language="zh")

@@ -126,7 +126,7 @@ def test_files_that_give_no_bytes(tmp_path):
         (b"\x93NUMPY\x01\0", "looks like a NumPy file"),
         (b"\x80\x04\x95\x05\0\0\0", "looks like a pickle, which is never opened"),
         (b"version https://git-lfs.github.com/spec/v1\n", "looks like a Git LFS pointer"),
-        (gzip.compress(b"hello" * 100), "no NIfTI"),
+        (gzip.compress(b"hello" * 100, mtime=0), "no NIfTI"),
         (b"\0" * 2000, "nothing but zeros"),
         (b"\x17\x99\xfa" * 100, "of no known format"),
         (b"BM is how this text starts", "looks like text"),

@@ -19,8 +19,8 @@ SHORT = {"max_new_tokens": 8}
 
 
 @pytest.fixture
-def write(tiny_checkpoint) -> M3FMReportPipeline:
-    return pipeline("m3fm-report", model=str(tiny_checkpoint))
+def write(tiny_model, tiny_processor) -> M3FMReportPipeline:
+    return M3FMReportPipeline(model=tiny_model, processor=tiny_processor)
 
 
 @pytest.fixture
@@ -192,14 +192,14 @@ def test_images_in_memory_equal_files(write, images):
     assert write(Path(images[0]).read_bytes(), generate_kwargs=SHORT) == from_file
 
 
-def test_settings_of_the_checkpoint_are_the_pipelines(write, tmp_path):
+def test_settings_of_the_checkpoint_are_the_pipelines(write, tmp_path, monkeypatch):
     deep = radiograph_pixels().astype(np.uint16) * 12
     deep[0, 0] = 65535  # one hot pixel: percentiles and the full range differ widely
     Image.fromarray(deep).save(tmp_path / "deep.png")
     seen = []
     write.model.model.get_vision_features = lambda pixels: seen.append(pixels) or torch.zeros(1, 1, 5, 32)
     for window in ([0.5, 99.5], None):
-        write.processor.image_processor.cxr_window = window
+        monkeypatch.setattr(write.processor.image_processor, "cxr_window", window)
         write(str(tmp_path / "deep.png"), generate_kwargs=SHORT)
         expected = write.processor(images=str(tmp_path / "deep.png"), return_tensors="pt")["pixel_values"]
         assert torch.equal(seen[-1], expected)

@@ -153,7 +153,8 @@ def test_wrong_settings_are_refused_at_once(settings):
     assert Result(value=1).error is None
 
 
-# A script, as on macOS and Windows nothing is inherited; it loads one file, which is quicker than the package.
+# A script, as on macOS and Windows nothing is inherited; it loads one file, which is quicker than the package, with a
+# stand-in for torch, which each of its processes would load for a second and send nothing of.
 SCRIPT = """
 import multiprocessing, os, sys
 from read_ahead_m3fm import read_ahead
@@ -173,6 +174,7 @@ GUARD main()
 
 
 def test_processes_that_inherit_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("class Tensor: ...\ndef set_num_threads(count): ...\n", encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("GUARD", 'if __name__ == "__main__":'), encoding="utf-8")
     run = _run(script)

@@ -56,7 +56,7 @@ def test_python_blocks_run_in_order():
         text=True,
         encoding="utf-8",
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
+from m3fm import M3FMReportPipeline
 from m3fm.chest_image_m3fm import ChestImage, Remark
+from m3fm.diagnosis_pipeline_m3fm import M3FMDiagnosisPipeline
 from m3fm.input_check_m3fm import StudyCheck
 from m3fm.study_pipeline_m3fm import RefusedInput
 from tests.phantoms import radiograph_pixels
@@ -49,8 +51,9 @@ def images(tmp_path) -> dict[int, str]:
 
 
 @pytest.fixture(params=["m3fm-report", "m3fm-diagnosis"])
-def ask(request, tiny_checkpoint):
-    pipe = pipeline(request.param, model=str(tiny_checkpoint))
+def ask(request, tiny_model, tiny_processor):
+    made = {"m3fm-report": M3FMReportPipeline, "m3fm-diagnosis": M3FMDiagnosisPipeline}[request.param]
+    pipe = made(model=tiny_model, processor=tiny_processor)
     pipe.input_check = FakeCheck()
     settings = {"m3fm-report": {"generate_kwargs": SHORT}, "m3fm-diagnosis": {"candidate_labels": ["tuberculosis"]}}
 

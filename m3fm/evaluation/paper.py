@@ -17,6 +17,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..data import FINDINGS, fingerprint, load_studies
+from ..training.record import read_record
 from .diagnosis import evaluate_diagnosis
 from .diagnosis_metrics import MACRO
 from .report import ReportMetrics, evaluate_reports
@@ -33,7 +34,7 @@ FEATURES = "features"
 TASKS = ("report", "diagnosis")
 _TRAINING_RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 # Fields of training recipes that name data folders.
-_TRAINED_SETS = ("image_sets", "text_sets", "parallel_sets", "supervised_sets", "memory_sets")
+_TRAINED_SETS = ("sets", "image_sets", "text_sets", "parallel_sets", "supervised_sets", "memory_sets")
 _IMAGES, _TEXTS = "metadata.jsonl", "data.jsonl"
 
 
@@ -317,17 +318,15 @@ def _hash_data(folder: Path) -> str:
 def trained_on(model: Path, plan: PaperRecipe) -> list[str] | None:
     """Returns the data folders that a checkpoint was trained on, by name; None where that is not written down.
 
-    It is read from the `run.json` of its training and of the models it goes on from, or from the recipes that
+    It is read from the `training.json` of its training and of the models it goes on from, or from the recipes that
     `training_recipes` names for a checkpoint of this folder name.
     """
-    run = model / "run.json"
-    if run.is_file():
-        try:
-            recipe = json.loads(run.read_text(encoding="utf-8")).get("recipe")
-        except (ValueError, AttributeError):
-            return None
-        if not isinstance(recipe, dict):
-            return None
+    try:
+        record = read_record(model)
+    except ValueError:
+        return None
+    if record is not None:
+        recipe = record["recipe"]
         base = trained_on(Path(recipe["base"]), plan) if recipe.get("base") else []
         return None if base is None else sorted({*_named_sets(recipe), *base})
     named = plan.training_recipes.get(model.resolve().name)
@@ -343,7 +342,8 @@ def trained_on(model: Path, plan: PaperRecipe) -> list[str] | None:
 
 
 def _named_sets(recipe: Mapping[str, Any]) -> set[str]:
-    return {name for field in _TRAINED_SETS for name in recipe.get(field) or ()}
+    blocks = (recipe, recipe.get("memory") or {})
+    return {name for block in blocks for field in _TRAINED_SETS for name in block.get(field) or ()}
 
 
 def _is_seen(paper_set: PaperSet, sets: Sequence[str] | None) -> bool | None:

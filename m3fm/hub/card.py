@@ -2,7 +2,8 @@
 """Puts measured tables into Markdown, so that what README and model card print is what was measured.
 
 A page marks the place of a table with `<!-- table: NAME -->` and `<!-- end -->`; the table is rendered from
-`NAME.json`, a `metrics.json` of `m3fm evaluate` or a file that brings its own `table`.
+`NAME.json`: a `metrics.json` of `m3fm evaluate`, the `training.json` of a run, a file that brings its own `table`, or
+one that `training_tables` knows, which may give several, `<!-- table: NAME#PART -->`.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.tables import render_table
+from .training_card import is_training, training_table
+from .training_tables import TABLES
 
-_PLACE = re.compile(r"(<!-- table: ([\w/-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+_PLACE = re.compile(r"(<!-- table: ([\w/-]+)(#\w+)? -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def fill_tables(page: str, results: Path) -> str:
@@ -21,7 +24,7 @@ def fill_tables(page: str, results: Path) -> str:
 
     Args:
         page: Markdown with marked places.
-        results: Folder of measured JSON files.
+        results: Folder of measured JSON files, or of a run.
 
     Raises:
         ValueError: If a table is asked for that was not measured.
@@ -33,7 +36,11 @@ def fill_tables(page: str, results: Path) -> str:
             measured = ", ".join(sorted(file.stem for file in results.glob("*.json")))
             raise ValueError(f"No results {match[2]!r} in {results}: expected one of {measured}.")
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return f"{match[1]}{metrics.get('table') or render_table(metrics)}\n{match[3]}"
+        table = TABLES.get(path.stem + (match[3] or ""))
+        if table is None and is_training(metrics):
+            table = training_table
+        rendered = table(metrics) if table else metrics.get("table") or render_table(metrics)
+        return f"{match[1]}{rendered}\n{match[4]}"
 
     return _PLACE.sub(render, page)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments, set_seed
 
 from ..adapters import save_adapter
@@ -31,7 +31,7 @@ from .features import FeatureCache
 from .feed import FeedTrainer
 from .gradient_cache import Embeddings, GradientCache
 from .objective import LOSSES, AlignmentObjective
-from .ranks import is_main, main_first, world_size
+from .ranks import is_main, main_first, refuse_data_parallel, world_size
 from .runs import RunOptions, ScoredTrainer, finish_run, train_or_resume
 from .samplers import BalancedDraws, EveryStudy, StepBuckets, count_tokens
 from .settings import checked_block
@@ -52,7 +52,7 @@ class AlignRecipe:
     Args:
         data_root: Folder that holds the sets.
         image_sets: Sets with images, and how often each is repeated in an epoch.
-        text_sets: Sets with reports and labels but no images, and their repeats.
+        text_sets: Sets with reports and labels but no images, and their repeats; of a set in both, these count.
         parallel_sets: Sets whose studies get their translation from parallel text; their `text_sets` entry counts.
         exclude: Ids of studies that are left out.
         balance: What an epoch is balanced over, of source, modality and languages; nothing: every study once.
@@ -171,6 +171,12 @@ class AlignTrainer(ScoredTrainer, FeedTrainer):
             self.optimizer = kind(groups, **values)
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the loader of training; of the batches of a step only one at a time goes to the device."""
+        loader = super().get_train_dataloader()
+        loader.device = None  # accelerate would move them all, as they are read
+        return loader
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """Returns the micro-batches of a step, and keeps them: the loss is that of all of them."""
         self._micro_batches, count = super().get_batch_samples(*args, **kwargs)
@@ -183,10 +189,10 @@ class AlignTrainer(ScoredTrainer, FeedTrainer):
             with torch.no_grad():
                 # CLIP's ceiling of 100 on the inverse temperature.
                 self.accelerator.unwrap_model(model).logit_scale.clamp_(max=math.log(100))
-            batches = [self._prepare_inputs(batch) for batch in self._micro_batches]
-            facts = [batch["facts"].to(self.args.device) for batch in batches]
-            self._cache.begin(model, batches, facts)
-        super().training_step(model, inputs, *args, **kwargs)
+            facts = [batch["facts"].to(self.args.device) for batch in self._micro_batches]
+            self._cache.begin(model, self._micro_batches, facts)
+        # The cache has the images and texts: they are not to be moved to the device once more.
+        super().training_step(model, {"facts": inputs["facts"]}, *args, **kwargs)
         return self._loss / len(self._micro_batches)
 
     def compute_loss(
@@ -200,9 +206,13 @@ class AlignTrainer(ScoredTrainer, FeedTrainer):
         return (surrogate, None) if return_outputs else surrogate
 
     def _embed(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Embeddings:
+        for tower in (self.model.vision_model, self.model.text_encoder):
+            if not any(weight.requires_grad for weight in tower.parameters()):
+                tower.eval()  # what is not trained gives what it will give in inference: no dropout
+        inputs = self._prepare_inputs({name: batch[name] for name in (*_IMAGES, *_TEXTS) if name in batch})
         # A context of its own: autocast keeps what it cast, and what it cast without a graph has none later on.
         with self.compute_loss_context_manager():
-            outputs = model(**{name: batch[name] for name in (*_IMAGES, *_TEXTS) if name in batch})
+            outputs = model(**inputs)
         images = outputs.image_embeds[: len(batch["facts"].image_study)]  # all but a blank one
         return Embeddings(images.float(), outputs.text_embeds.float(), outputs.logit_scale, outputs.logit_bias)
 
@@ -212,22 +222,30 @@ class AlignTrainer(ScoredTrainer, FeedTrainer):
 
 
 def load_training_studies(recipe: AlignRecipe) -> tuple[list[Study], list[Study], list[ParallelPair]]:
-    """Returns the training studies (repeated as the recipe says), the validation studies and the held-apart pairs."""
+    """Returns the training studies (repeated as the recipe says), the validation studies and the held-apart pairs.
+
+    Raises:
+        ValueError: If a set of `parallel_sets` is not among the others, or `exclude` names no study.
+    """
     root = Path(recipe.data_root)
+    sets = {**recipe.image_sets, **recipe.text_sets}
+    if lacking := sorted(set(recipe.parallel_sets) - sets.keys()):
+        raise ValueError(f"parallel_sets: got {lacking}, expected sets that text_sets or image_sets name too.")
     train, validation, held_apart = [], [], []
-    excluded = set(recipe.exclude)
-    for name, repeats in {**recipe.image_sets, **recipe.text_sets}.items():
+    excluded, unknown = set(recipe.exclude), set(recipe.exclude)
+    for name, repeats in sets.items():
         studies = load_studies(root / name)
-        excluded -= {study.study_id for study in studies}
-        studies = [study for study in studies if study.study_id not in recipe.exclude]
+        unknown -= {study.study_id for study in studies}
+        studies = [study for study in studies if study.study_id not in excluded]
         if name in recipe.parallel_sets:
             studies, pairs = _with_translations(studies, load_parallel(root / name))
             held_apart += pairs
-        usable = [study for study in studies if study.reports or study.findings]
+        # What has neither words in a language of the model nor labels has nothing to be compared with.
+        usable = [study for study in studies if study.findings or study.reports.keys() & set(recipe.languages)]
         validation += [study for study in usable if study.split == "validation"]
         train += training_part(usable) * repeats
-    if excluded:
-        raise ValueError(f"Expected every id of `exclude` to be that of a study, {len(excluded)} of them are not.")
+    if unknown:
+        raise ValueError(f"Expected every id of `exclude` to be that of a study, {len(unknown)} of them are not.")
     return train, validation, held_apart
 
 
@@ -310,6 +328,8 @@ def build_model(recipe: AlignRecipe) -> tuple[M3FMModel, M3FMProcessor]:
     image_processor = M3FMImageProcessor(**recipe.processor)
     vision = load_vision_tower(recipe.vision_model, image_processor.size["height"], image_processor.size["width"])
     values = dict(recipe.model)
+    # A decoder comes in stage 2; until then its configuration has to have room for the ids of prompts.
+    values.setdefault("text_config", {"vocab_size": len(tokenizer)})
     if recipe.loss == "sigmoid":
         values = _SIGMOID_START | values
     text_encoder = None
@@ -369,8 +389,10 @@ def run(recipe: AlignRecipe, arguments: TrainingArguments, options: RunOptions |
     """Trains stage 1, resumes where an interrupted run stopped, and saves the model with its curves.
 
     Raises:
-        ValueError: If a backbone does not fit, there are too few studies, or the output folder holds another run.
+        ValueError: If a backbone does not fit, there are too few studies, the output folder holds another run, or one
+            process has several GPUs.
     """
+    refuse_data_parallel(arguments.n_gpu)
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False
     if arguments.ddp_find_unused_parameters is None:  # a batch without images has a blank one

@@ -92,23 +92,23 @@ class AlignValidation:
     def _zero_shot(self, model: M3FMModel, embeds: np.ndarray) -> dict[str, float]:
         from sklearn.metrics import roc_auc_score
 
+        rows_of = {source: rows for source in self._sources() if (rows := self._scored_findings(source))}
         directions = {}
-        for name, finding in finding_table().items():
+        for name in dict.fromkeys(name for rows in rows_of.values() for name in rows):
+            finding = finding_table()[name]
             directions[name] = sum(
                 self._embed(model, list(finding.present[code])).mean(axis=0)
                 - self._embed(model, list(finding.absent[code])).mean(axis=0)
                 for code in self.languages
             )
         scores = {}
-        for source in self._sources():
+        for source, findings in rows_of.items():
             areas = []
-            for name, rows in self._scored_findings(source).items():
+            for name, rows in findings.items():
                 truth = [self.studies[row].findings[name] for row in rows]
                 areas.append(roc_auc_score(truth, embeds[rows] @ directions[name]))
-            if areas:
-                scores[f"auroc_{source}"] = float(np.mean(areas))
-        scores["auroc"] = float(np.mean(list(scores.values()))) if scores else float("nan")
-        return scores
+            scores[f"auroc_{source}"] = float(np.mean(areas))
+        return scores | {"auroc": float(np.mean(list(scores.values())))} if scores else {}
 
     def _translated(self) -> list[int]:
         """Returns the studies with a report in all languages: elsewhere short notes would make a gallery easy."""

@@ -33,7 +33,7 @@ from ..modeling_m3fm import M3FMForImageClassification, M3FMForReportGeneration
 from ..processing_m3fm import M3FMProcessor
 from .features import FeatureCache
 from .generated_reports import embed_reports, hash_writer, stack_tokens, write_reports
-from .runs import ScoredTrainer, check_single_device, finish_run, train_or_resume
+from .runs import RunOptions, ScoredTrainer, check_single_device, finish_run, train_or_resume
 from .supervision import (
     BALANCES,
     UNCERTAIN_POLICIES,
@@ -220,11 +220,11 @@ class ClassifyCollator:
 
     def __call__(self, places: list[int]) -> dict[str, torch.Tensor]:
         """Collates a training batch."""
-        batch = self.inputs(places)
+        studies = [self.examples.studies[place] for place in places]
+        batch = self.inputs(places) | {"study_ids": [f"{study.source}/{study.study_id}" for study in studies]}
         labels = self.examples.labels[places]
-        if self.exclusive:
-            return batch | {"labels": torch.from_numpy(labels.argmax(axis=1))}
-        return batch | {"labels": torch.from_numpy(labels).float()}
+        targets = torch.from_numpy(labels.argmax(axis=1)) if self.exclusive else torch.from_numpy(labels).float()
+        return batch | {"labels": targets}
 
     def inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
         """Returns what is read of the examples at these places, without their labels."""
@@ -276,8 +276,7 @@ class ClassifyTrainer(ScoredTrainer):
             # What is not trained gives what it will give in inference: no dropout.
             self.accelerator.unwrap_model(model).model.eval()
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        weights = self.balance.label_weights
-        loss = diagnosis_loss(outputs.logits.float(), inputs["labels"], weights)
+        loss = diagnosis_loss(outputs.logits.float(), inputs["labels"], self.balance.label_weights)
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
@@ -317,19 +316,23 @@ class ClassifyValidation:
 
     def score(self, model: M3FMForImageClassification) -> dict[str, float]:
         """Returns `auroc_LABEL` for each label that validation has with and without, and `auroc_macro`, their mean."""
+        scored = self._scored()
+        if not scored:
+            return {}
+        given = self.probabilities(model)
+        measured = {name: LabelMeasurement(labels, given[name], given[name] >= 0.5) for name, labels in scored.items()}
+        scores = point_scores([PanelMeasurement(measured, list(measured))], len(self.collator.examples.studies))
+        return {f"auroc_{column}": each["auroc"] for column, each in by_column(scores).items()}
+
+    def score_names(self) -> list[str]:
+        """Returns the names of the scores, without asking a model."""
+        return [f"auroc_{name}" for name in [*self._scored(), "macro"]] if self._scored() else []
+
+    def _scored(self) -> dict[str, np.ndarray]:
+        """Returns the values of each label that validation has with and without, (N,) by name."""
         examples = self.collator.examples
-        if not len(examples.studies):
-            return {}
-        predicted = self.probabilities(model)
-        measured = {
-            name: LabelMeasurement(labels, predicted[name], predicted[name] >= 0.5)
-            for name, labels in zip(self.names, examples.labels.T, strict=True)
-            if {0.0, 1.0} <= set(labels)
-        }
-        if not measured:
-            return {}
-        columns = by_column(point_scores([PanelMeasurement(measured, list(measured))], len(examples.studies)))
-        return {f"auroc_{column}": scores["auroc"] for column, scores in columns.items()}
+        columns = zip(self.names, examples.labels.T, strict=True) if len(examples.studies) else ()
+        return {name: labels for name, labels in columns if {0.0, 1.0} <= set(labels)}
 
     def thresholds(self, model: M3FMForImageClassification) -> dict[str, float]:
         """Fits a threshold for each label; those that validation has only with or only without have none."""
@@ -366,13 +369,17 @@ def build_classifier(
     if recipe.features != "report" and (recipe.train_projection or recipe.train_tower):
         model.model.study_pooling.requires_grad_(True)
         model.model.visual_projection.requires_grad_(True)
-        # Of the space as it was: what zero-shot diagnosis was fitted to is no longer there.
-        model.config.diagnosis = {
-            label: {name: value for name, value in entry.items() if name not in _FITTED}
-            for label, entry in (model.config.diagnosis or {}).items()
-        }
+        model.config.diagnosis = without_fits(model.config.diagnosis)
     model.model.vision_model.requires_grad_(recipe.train_tower)
     return model, AutoProcessor.from_pretrained(base), base
+
+
+def without_fits(diagnosis: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns a config's labels without what was fitted to a shared space that is no longer there."""
+    return {
+        label: {name: value for name, value in entry.items() if name not in _FITTED}
+        for label, entry in (diagnosis or {}).items()
+    }
 
 
 def prepare_features(
@@ -435,7 +442,7 @@ def start_head(model: M3FMForImageClassification, collator: ClassifyCollator, sh
         model.classifier.bias[row] = float(bias)
 
 
-def run(recipe: ClassifyRecipe, arguments: TrainingArguments) -> dict[str, Any]:
+def run(recipe: ClassifyRecipe, arguments: TrainingArguments, options: RunOptions | None = None) -> dict[str, Any]:
     """Trains a diagnosis head, resumes where an interrupted run stopped, and saves the model with its curves.
 
     Raises:
@@ -457,6 +464,7 @@ def run(recipe: ClassifyRecipe, arguments: TrainingArguments) -> dict[str, Any]:
     trainer = ClassifyTrainer(
         model=model,
         args=arguments,
+        options=options,
         train_dataset=ExampleDataset(train),
         eval_dataset=ExampleDataset(held),
         data_collator=collators[0],

@@ -255,6 +255,10 @@ class FeedTrainer(CheckpointTrainer):
         with self._collating_for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
+    def data_order(self) -> dict[str, Any]:
+        """Returns what the order of the batches hangs on."""
+        return self.batches.state_dict()["order"]
+
     @contextmanager
     def _collating_for_evaluation(self) -> Iterator[None]:
         training = self.data_collator

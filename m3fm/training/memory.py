@@ -15,7 +15,7 @@ from ..configuration_m3fm import M3FMConfig
 from ..modeling_m3fm import M3FMForReportGeneration
 from .text_bank import TextBank
 
-__all__ = ["METHODS", "MemoryBlock", "build_memory", "set_memory", "spherical_kmeans"]
+__all__ = ["METHODS", "MemoryBlock", "build_memory", "check_memory", "set_memory", "spherical_kmeans"]
 
 METHODS = ("sampled", "kmeans", "medoids")
 # As many texts an entry are enough to place it, and more are not looked at (faiss, Clustering.h, does the same).
@@ -67,15 +67,12 @@ def build_memory(bank: TextBank, languages: Sequence[str], block: MemoryBlock, s
     Raises:
         ValueError: If a set is none of the bank's, or a language has fewer texts than entries.
     """
+    check_memory(bank, languages, block)
     if not block.size:
         return torch.zeros(len(languages), 0, bank.embeds.shape[-1])
-    known = list(dict.fromkeys(name for name, _ in bank.rows_of))
-    unknown = sorted(set(block.sets) - set(known))
-    if unknown:
-        raise ValueError(f"memory.sets: got {unknown}, expected some of {known}, whose texts are learned.")
     memory = []
     for number, language in enumerate(languages):
-        pools = [np.array(bank.rows_of.get((name, language), []), dtype=np.int64) for name in block.sets or known]
+        pools = [np.array(rows, dtype=np.int64) for rows in _pools(bank, language, block)]
         rng = np.random.default_rng([seed, number])
         drawn = _drawn(pools, block.size, rng)
         if block.method == "sampled":
@@ -86,6 +83,22 @@ def build_memory(bank: TextBank, languages: Sequence[str], block: MemoryBlock, s
         centres = spherical_kmeans(texts, weights, texts[_spread(texts, weights, block.size, rng)])
         memory.append(_medoids(texts, centres) if block.method == "medoids" else centres)
     return normalize(torch.stack(memory), dim=-1)
+
+
+def check_memory(bank: TextBank, languages: Sequence[str], block: MemoryBlock) -> None:
+    """Refuses a memory that the texts of a bank do not suffice for; they need not be embedded yet.
+
+    Raises:
+        ValueError: As `build_memory`.
+    """
+    if not block.size:
+        return
+    known = list(dict.fromkeys(name for name, _ in bank.rows_of))
+    unknown = sorted(set(block.sets) - set(known))
+    if unknown:
+        raise ValueError(f"memory.sets: got {unknown}, expected some of {known}, whose texts are learned.")
+    for language in languages:
+        _equal_shares([len(rows) for rows in _pools(bank, language, block)], block.size)
 
 
 def set_memory(model: M3FMForReportGeneration, memory: torch.Tensor) -> None:
@@ -121,6 +134,12 @@ def spherical_kmeans(texts: torch.Tensor, weights: torch.Tensor, starts: torch.T
     return centres
 
 
+def _pools(bank: TextBank, language: str, block: MemoryBlock) -> list[list[int]]:
+    """Returns the rows of the texts of each set in a language."""
+    names = block.sets or dict.fromkeys(name for name, _ in bank.rows_of)
+    return [bank.rows_of.get((name, language), []) for name in names]
+
+
 def _nearest(texts: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the cosine with the nearest centre, and its number, of each text: (R,) both."""
     best = [(part @ centres.t()).max(dim=-1) for part in texts.split(_ROWS_AT_ONCE)]
@@ -131,10 +150,11 @@ def _medoids(texts: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Returns of each centre the nearest of its own texts (M, D); a centre without a text stays."""
     similarity, nearest = _nearest(texts, centres)
     order = similarity.argsort(stable=True)
+    # Of the texts of one centre the nearest comes last.
+    place = torch.full((len(centres),), -1).scatter_reduce(0, nearest[order], torch.arange(len(order)), "amax")
+    own = place >= 0
     medoids = centres.clone()
-    # Of the texts of one centre the nearest is written last.
-    for row in order.tolist():
-        medoids[nearest[row]] = texts[row]
+    medoids[own] = texts[order[place[own]]]
     return medoids
 
 
@@ -173,5 +193,8 @@ def _equal_shares(available: list[int], size: int) -> list[int]:
     for rank, pool in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
         shares[pool] = min(available[pool], (size - sum(shares)) // (len(available) - rank))
     if sum(shares) < size:
-        raise ValueError(f"Expected {size} texts a language for the support memory, the sets have {sum(available)}.")
+        raise ValueError(
+            f"Expected {size} texts a language for the support memory, the sets have {sum(available)}: choose a "
+            "smaller size, or more sets."
+        )
     return shares

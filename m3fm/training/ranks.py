@@ -17,6 +17,7 @@ __all__ = [
     "main_first",
     "own_rows",
     "rank",
+    "refuse_data_parallel",
     "row_counts",
     "sum_own_rows",
     "wait_for_all",
@@ -37,6 +38,19 @@ def rank() -> int:
 def is_main() -> bool:
     """Tells whether this process writes what is written once."""
     return rank() == 0
+
+
+def refuse_data_parallel(gpus: int) -> None:
+    """Refuses several GPUs in one process, over which `Trainer` would spread each batch by `DataParallel`.
+
+    Raises:
+        ValueError: With how to start one process for each GPU.
+    """
+    if gpus > 1:
+        raise ValueError(
+            f"Expected one GPU for each process, got {gpus}: start it by `torchrun --nproc_per_node {gpus}`, or set "
+            "CUDA_VISIBLE_DEVICES to one of them."
+        )
 
 
 def wait_for_all() -> None:

@@ -29,7 +29,7 @@ from ..modeling_m3fm import M3FMForReportGeneration
 from ..processing_m3fm import M3FMProcessor
 from . import write
 from .features import FeatureCache
-from .memory import METHODS, MemoryBlock, build_memory, set_memory
+from .memory import METHODS, MemoryBlock, build_memory, check_memory, set_memory
 from .ranks import is_main, wait_for_all
 from .record import FORMAT, RECORD_FILE, read_record
 from .runs import RunOptions
@@ -206,6 +206,7 @@ def run(recipe: SweepRecipe, arguments: TrainingArguments, options: RunOptions |
     if not studies:
         raise ValueError("validation_set: got none, expected the set whose validation part is scored.")
     points = grid(recipe, own_size)
+    _check_memories(recipe, points, languages)
     for noise, of_writer in itertools.groupby(points, key=lambda point: point["noise"]):
         todo = [point for point in of_writer if _key(point) not in known["points"]]
         if todo:
@@ -219,9 +220,10 @@ def run(recipe: SweepRecipe, arguments: TrainingArguments, options: RunOptions |
     if chosen["distinct"] < recipe.min_distinct:
         logger.warning("no setting has a share of %g distinct reports in every language", recipe.min_distinct)
     facts = _facts(recipe, done, chosen, studies, languages)
+    source = _trained(recipe, chosen["noise"], arguments, options)
+    model, processor = _chosen_model(source, chosen, recipe, arguments)
     if is_main():
-        source = _trained(recipe, chosen["noise"], arguments, options)
-        _save_model(folder, source, chosen, recipe, arguments, facts)
+        _save_model(folder, source, model, processor, recipe, facts)
         _save(folder, known, facts)
         draw_map(done, chosen, recipe.metric, recipe.min_distinct, folder / MAP_FILE)
     wait_for_all()
@@ -260,6 +262,14 @@ def _scored(
     memories = _Memories(writer.model, writer.processor, recipe, arguments.seed)
     for point in tqdm(points, desc="settings", disable=not is_main()):
         yield point | writer.score(memories.of(point), point["temperature"])
+
+
+def _check_memories(recipe: SweepRecipe, points: Sequence[dict[str, Any]], languages: Sequence[str]) -> None:
+    """Refuses memories that there are too few texts for, before anything is written."""
+    sizes = [point["size"] for point in points if point["memory"] != OWN]
+    if sizes:
+        block = MemoryBlock(size=max(sizes), sets=recipe.memory_sets)
+        check_memory(TextBank(load_texts(recipe), languages), languages, block)
 
 
 class _Memories:
@@ -375,24 +385,32 @@ def _table(points: list[dict[str, Any]], chosen: dict[str, Any], languages: Sequ
     return markdown_table([[*axes, *scores, ""], *rows])
 
 
-def _save_model(
-    folder: Path,
-    source: Path,
-    chosen: dict[str, Any],
-    recipe: SweepRecipe,
-    arguments: TrainingArguments,
-    facts: dict[str, Any],
-) -> None:
-    """Saves the writer with the memory and the temperature that were chosen, and its record with how they were."""
-    model = M3FMForReportGeneration.from_pretrained(source)
+def _chosen_model(
+    source: Path, chosen: dict[str, Any], recipe: SweepRecipe, arguments: TrainingArguments
+) -> tuple[M3FMForReportGeneration, M3FMProcessor]:
+    """Returns the writer with the memory and the temperature that were chosen; all ranks embed texts together."""
+    model = M3FMForReportGeneration.from_pretrained(source).to(arguments.device)
     processor = AutoProcessor.from_pretrained(source)
     if chosen["memory"] != OWN:
         set_memory(model, _Memories(model, processor, recipe, arguments.seed).of(chosen))
     model.config.support_temperature = float(chosen["temperature"])
+    return model, processor
+
+
+def _save_model(
+    folder: Path,
+    source: Path,
+    model: M3FMForReportGeneration,
+    processor: M3FMProcessor,
+    recipe: SweepRecipe,
+    facts: dict[str, Any],
+) -> None:
+    """Saves the model that was chosen, and its record with how it was."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write.keep_input_check(str(source), str(folder))
     # A checkpoint that was only passed on, like the shipped one, has no record.
-    record = read_record(source) or {"format": FORMAT, "stage": "sweep", "recipe": asdict(recipe)}
+    values = asdict(recipe) | {"exclude": len(recipe.exclude)}  # ids of studies are not to be passed on
+    record = read_record(source) or {"format": FORMAT, "stage": "sweep", "recipe": values}
     record["sweep"] = {name: facts[name] for name in ("rule", "chosen", "studies")}
     write_json(folder / RECORD_FILE, record)

@@ -208,11 +208,16 @@ def load_texts(sets: TextSets) -> list[TextGroup]:
     Of a parallel text only the languages that the set's own reports lack are written: the rest is the paraphrase that
     the translation was made of, and no radiologist's. Translations that speak of earlier examinations are left out, as
     such sentences are left out of the reports.
+
+    Raises:
+        ValueError: If a set of `parallel_sets` is not in `text_sets`.
     """
-    root = Path(sets.data_root)
+    if lacking := sorted(set(sets.parallel_sets) - sets.text_sets.keys()):
+        raise ValueError(f"parallel_sets: got {lacking}, expected sets that text_sets names too.")
+    root, excluded = Path(sets.data_root), set(sets.exclude)
     groups = []
     for name, repeats in sets.text_sets.items():
-        studies = [study for study in training_part(load_studies(root / name)) if study.study_id not in sets.exclude]
+        studies = [study for study in training_part(load_studies(root / name)) if study.study_id not in excluded]
         own = [
             TextGroup(name, study.reports, tuple(study.reports), study.study_id) for study in studies if study.reports
         ]

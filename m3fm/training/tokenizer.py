@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TokenizerRecipe", "convert_sentencepiece", "iter_corpus", "run", "train_tokenizer"]
+__all__ = ["TokenizerRecipe", "convert_sentencepiece", "iter_corpus", "read_corpus", "run", "train_tokenizer"]
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 REPORT_FILE = "tokenizer_report.json"
@@ -67,6 +67,9 @@ class TokenizerRecipe:
             `languages` needs none: it gets what the others leave.
         max_piece_lengths: Longest piece of each language, in characters.
         source_weights: How often the texts of a source folder count; those of a folder not named count once.
+        text_sets: Sets of `m3fm.data` whose training reports are read, and how often they count; empty: the corpus of
+            `iter_corpus`.
+        parallel_sets: Sets of `text_sets` that bring parallel text.
         min_character_count: A character seen at least this often is a piece; a rarer one is spelled in bytes.
         seed: Seed of sentencepiece's random generator.
     """
@@ -78,6 +81,8 @@ class TokenizerRecipe:
     language_shares: dict[str, float] = field(default_factory=lambda: {"zh": 0.3})
     max_piece_lengths: dict[str, int] = field(default_factory=lambda: {"en": 16, "zh": 4})
     source_weights: dict[str, int] = field(default_factory=lambda: {"cov_ctr": 3})
+    text_sets: dict[str, int] = field(default_factory=dict)
+    parallel_sets: list[str] = field(default_factory=list)
     min_character_count: int = 2
     seed: int = 0
 
@@ -181,6 +186,26 @@ def iter_corpus(data_root: str | Path) -> Iterator[tuple[str, str]]:
         yield language, text
 
 
+def read_corpus(recipe: TokenizerRecipe) -> Iterator[tuple[str, str, str]]:
+    """Yield every distinct training text of a recipe as (set, language, text).
+
+    Raises:
+        ValueError: If a set or a file is missing.
+    """
+    if not recipe.text_sets:
+        yield from _iter_sources(recipe.data_root)
+        return
+    from .text_bank import TextSets, load_texts
+
+    sets = TextSets(recipe.data_root, dict.fromkeys(recipe.text_sets, 1), recipe.parallel_sets)
+    seen = set()
+    for group in load_texts(sets):
+        for language, text in group.versions.items():
+            if (language, text) not in seen:
+                seen.add((language, text))
+                yield group.source, language, text
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
@@ -250,9 +275,10 @@ def _learned_pieces(model: bytes) -> dict[str, float]:
 def _learn_all(recipe: TokenizerRecipe) -> bytes:
     """Return one sentencepiece model with the pieces of all languages."""
     texts: dict[str, list[str]] = {language: [] for language in recipe.languages}
-    for source, language, text in _iter_sources(recipe.data_root):
+    weights = recipe.text_sets or recipe.source_weights
+    for source, language, text in read_corpus(recipe):
         if language in texts:
-            texts[language] += [text] * recipe.source_weights.get(source, 1)
+            texts[language] += [text] * weights.get(source, 1)
     alphabet = _alphabet(chain.from_iterable(texts.values()), recipe.min_character_count)
     room = recipe.vocab_size - len(recipe.special_tokens) - len(BYTE_TOKENS) - len(alphabet) - 1
     if room <= 0:
@@ -442,7 +468,7 @@ def run(recipe: TokenizerRecipe) -> dict[str, Any]:
     model_file = str(output_dir / SENTENCEPIECE_FILE)
     processor = _import_sentencepiece().SentencePieceProcessor(model_file=model_file)
     texts: dict[str, list[str]] = {language: [] for language in recipe.languages}
-    for language, text in iter_corpus(recipe.data_root):
+    for _, language, text in read_corpus(recipe):
         if language in texts:
             texts[language].append(text)
     facts = {

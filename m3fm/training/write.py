@@ -32,7 +32,7 @@ from .collators import ReportTexts
 from .features import FeatureCache
 from .fed_studies import Draw
 from .feed import FeedTrainer
-from .memory import MemoryBlock, build_memory, set_memory
+from .memory import MemoryBlock, build_memory, check_memory, set_memory
 from .ranks import is_main, rank, world_size
 from .runs import RunOptions, ScoredTrainer, finish_run, train_or_resume
 from .samplers import LengthBucketSampler, shared_epoch
@@ -288,8 +288,10 @@ def run(recipe: WriteRecipe, arguments: TrainingArguments, options: RunOptions |
     bank = TextBank(load_texts(recipe), languages)
     lengths = checked_lengths(bank, recipe, model, processor)
     studies = validation_studies(recipe.data_root, recipe.validation_set, languages)
-    bank.embed(model.model, processor, recipe.feature_cache)
     memory = None if goes_on and recipe.memory == MemoryBlock() else recipe.memory.sized(model.config)
+    if memory is not None:
+        check_memory(bank, languages, memory)
+    bank.embed(model.model, processor, recipe.feature_cache)
     if memory is not None:
         set_memory(model, build_memory(bank, languages, memory, arguments.seed))
     cache = FeatureCache(Path(recipe.feature_cache), model.model.vision_model, processor.image_processor)

@@ -81,6 +81,12 @@ def folders(tmp_path, monkeypatch):
     return model, data, tmp_path / "out"
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leaves the page out, which takes longer than all the rest of a run."""
+    monkeypatch.setattr(report, "write_page", lambda output, studies: output / "report.html")
+
+
 def test_the_whole_run(folders, capsys):
     model, data, output = folders
     metrics = evaluate_reports(model, data, output_dir=output, batch_size=4)
@@ -110,6 +116,7 @@ def test_the_whole_run(folders, capsys):
     assert capsys.readouterr().out.startswith(render_table(metrics) + "\n")
 
 
+@pytest.mark.usefixtures("no_page")
 def test_image_use_is_told_from_chance(folders):
     metrics = evaluate_reports(*folders[:2], output_dir=folders[2])
     for control in ("shuffled_images", "blank_images", "noise_images"):
@@ -148,6 +155,7 @@ class FakeBertScorer:
         return mean_measurement({"bertscore_f1": np.ones(len(references))})
 
 
+@pytest.mark.usefixtures("no_page")
 def test_the_encoder_of_bertscore_is_told_by_its_hash(folders):
     model, data, output = folders
     assert "bertscore_model_sha256" not in evaluate_reports(model, data, ["en"], output)
@@ -157,6 +165,7 @@ def test_the_encoder_of_bertscore_is_told_by_its_hash(folders):
     assert found["bertscore_model_sha256"] == hash_checkpoint(model)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_second_run_only_scores(folders, monkeypatch):
     model, data, output = folders
     first = evaluate_reports(model, data, ["en"], output, batch_size=4)
@@ -168,6 +177,7 @@ def test_a_second_run_only_scores(folders, monkeypatch):
     assert list(first["retrieval"]) == ["image-en"]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_two_runs_with_one_seed_are_identical(folders, tmp_path):
     model, data, _ = folders
     made = []
@@ -206,6 +216,7 @@ def test_languages_without_references_are_left_out_unless_asked_for(folders):
     assert evaluate_reports(model, data, output_dir=output)["languages"] == ["en"]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_the_output_of_another_run_is_refused(folders):
     model, data, output = folders
     evaluate_reports(model, data, ["en"], output)
@@ -216,6 +227,7 @@ def test_the_output_of_another_run_is_refused(folders):
         evaluate_reports(model, data, ["en"], output)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_changed_pixels_are_other_data(folders):
     model, data, output = folders
     evaluate_reports(model, data, ["en"], output)
@@ -224,6 +236,7 @@ def test_changed_pixels_are_other_data(folders):
         evaluate_reports(model, data, ["en"], output)
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("change", ["rows in another order", "other patients"])
 def test_kept_features_and_groups_are_not_taken_for_those_of_others(folders, change):
     model, data, output = folders

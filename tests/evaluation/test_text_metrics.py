@@ -57,8 +57,9 @@ def without_meteor(scores):
 
 def made_up_reports(count, seed, language="en"):
     generator = random.Random(seed)
-    words, separator = (WORDS, " ") if language == "en" else (CHINESE, "")
-    return [separator.join(generator.choices(words, k=generator.randint(1, 30))) for _ in range(count)]
+    # The peers take the square of the length, and Chinese is counted in characters: ten of them a phrase.
+    words, separator, longest = (WORDS, " ", 30) if language == "en" else (CHINESE, "", 12)
+    return [separator.join(generator.choices(words, k=generator.randint(1, longest))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -52,6 +52,7 @@ def test_the_card_travels_with_the_weights():
         ("docs/evaluation.md", RESULTS.parent),
         ("docs/input.md", RESULTS.parent),
         ("docs/datasets.md", RESULTS.parent),
+        ("docs/scaling.md", RESULTS.parent),
     ],
 )
 def test_pages_print_what_was_measured(name, results):

@@ -3,10 +3,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.dynamic_module_utils import get_imports
 
-from m3fm import DEFAULT_CHECKPOINT, M3FMModel
+from m3fm import DEFAULT_CHECKPOINT, M3FMImageProcessor, M3FMModel
+from m3fm.diagnosis import default_diagnosis
+from m3fm.diagnosis_pipeline_m3fm import M3FMDiagnosisPipeline
 from m3fm.hub import export, export_checkpoint, export_remote_code
 from tests.phantoms import radiograph_pixels
 
 LABELS = ["the lungs are clear", "双肺纹理增多。"]
+FINDINGS = (["tuberculosis", "normal", "pneumonia"], ["肺结核", "正常", "肺炎"])
+CALIBRATION = {"calibration": {"scale": 0.5, "bias": 0.25}, "threshold": 0.5, "fitted_on": "made-up studies"}
 
 # Runs without the repository on the path, and without any package that a bare install of transformers lacks.
 SCRIPT = """
@@ -50,7 +56,8 @@ from transformers import (AutoConfig, AutoModel, AutoModelForImageClassification
                           AutoTokenizer, pipeline)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-folder, output, images, labels = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+folder, output = sys.argv[1], Path(sys.argv[2])
+images, labels, findings = (json.loads(each) for each in sys.argv[3:])
 trust = {"trust_remote_code": True}
 processor = AutoProcessor.from_pretrained(folder, **trust)
 image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
@@ -68,7 +75,7 @@ with torch.no_grad():
     tensors["zero_shot"] = AutoModelForZeroShotImageClassification.from_pretrained(folder, **trust).eval()(
         **inputs).logits_per_image
     tensors["classes"] = classifier(
-        inputs["pixel_values"], inputs["image_mask"], labels=torch.tensor([0, 1])).logits
+        inputs["pixel_values"], inputs["image_mask"], labels=torch.tensor([0, 1, 0])).logits
     tensors["written"] = writer.generate(inputs["pixel_values"], inputs["image_mask"], language="zh", max_new_tokens=6)
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / "tensors.safetensors")
 reporter = pipeline("m3fm-report", model=folder, **trust)
@@ -79,12 +86,16 @@ except RuntimeError as error:
 settings = {"language": "both", "generate_kwargs": {"max_new_tokens": 6}}
 rows = reporter([*images, [images[0], images[1]]], batch_size=3, **settings)
 zero_shot = pipeline("zero-shot-image-classification", model=folder, **trust)
+diagnose = pipeline("m3fm-diagnosis", model=folder, **trust)
 Path("chest.nii.gz").write_bytes(b"\\x1f\\x8b")
 facts = {
     "rows": rows,
     "unnamed": unnamed,
     "scores": zero_shot(images[0], candidate_labels=labels, hypothesis_template="{}"),
     "missing_reader": reporter("chest.nii.gz", on_error="row"),
+    "answers": [diagnose(images, candidate_labels=names, batch_size=2) for names in findings],
+    "image_processor": list(AutoImageProcessor.from_pretrained("hub", **trust)(
+        images="colour.png", return_tensors="pt")["pixel_values"].shape),
     "modules": sorted(name for name in sys.modules if name.partition(".")[0] in BLOCKED),
     "config": type(AutoConfig.from_pretrained(folder, **trust)).__module__,
 }
@@ -92,55 +103,96 @@ facts = {
 """
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> list[str]:
-    paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    Image.fromarray(radiograph_pixels(0)).save(paths[0])
-    Image.fromarray(radiograph_pixels(1).astype(np.uint16) * 240).save(paths[1])
-    return [str(path) for path in paths]
+class Elsewhere(NamedTuple):
+    """A checkpoint, images, and what they gave in a process without m3fm."""
+
+    checkpoint: Path
+    images: list[str]
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
 
 
-def test_folder_gives_the_same_without_m3fm(tiny_checkpoint, images, tmp_path):
-    folder = export_remote_code(tiny_checkpoint, tmp_path / "exported-0.1")
+@pytest.fixture(scope="module")
+def elsewhere(saved_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    """Runs `SCRIPT` once, as loading torch and transformers takes most of its time."""
+    tmp_path = tmp_path_factory.mktemp("elsewhere")
+    checkpoint = Path(shutil.copytree(saved_tiny, tmp_path / "tiny"))
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    table = default_diagnosis()
+    table["tuberculosis"] |= CALIBRATION
+    (checkpoint / "config.json").write_text(json.dumps(config | {"diagnosis": table}), encoding="utf-8")
+    folder = export_remote_code(checkpoint, tmp_path / "exported-0.1")
+
     results = tmp_path / "results"
     results.mkdir()
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b.png"), str(tmp_path / "c.png")]
+    Image.fromarray(radiograph_pixels(0)).save(images[0])
+    Image.fromarray(radiograph_pixels(1).astype(np.uint16) * 240).save(images[1])
+    Image.fromarray(radiograph_pixels(2)).save(images[2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(M3FMImageProcessor, "_auto_class", "AutoImageProcessor")
+        M3FMImageProcessor(size=32).save_pretrained(results / "hub")
+    colours = np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(results / "colour.png")
+
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-I", str(tmp_path / "script.py"), str(folder), str(results)]
     run = subprocess.run(
-        [*command, json.dumps(images), json.dumps(LABELS)],
+        [*command, *(json.dumps(each) for each in (images, LABELS, FINDINGS))],
         cwd=results,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     facts = json.loads((results / "facts.json").read_text(encoding="utf-8"))
+    return Elsewhere(checkpoint, images, load_file(results / "tensors.safetensors"), facts)
+
+
+def test_folder_gives_the_same_without_m3fm(elsewhere):
+    checkpoint, images, written, facts = elsewhere
     assert facts["modules"] == []
     assert facts["config"].startswith("transformers_modules.")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = installed_tensors(tiny_checkpoint, images)
+        expected = installed_tensors(checkpoint, images)
         settings = {"language": "both", "generate_kwargs": {"max_new_tokens": 6}}
-        reporter = pipeline("m3fm-report", model=str(tiny_checkpoint))
+        reporter = pipeline("m3fm-report", model=str(checkpoint))
         rows = reporter([*images, [images[0], images[1]]], batch_size=3, **settings)
-        zero_shot = pipeline("zero-shot-image-classification", model=str(tiny_checkpoint))
+        zero_shot = pipeline("zero-shot-image-classification", model=str(checkpoint))
         scores = zero_shot(images[0], candidate_labels=LABELS, hypothesis_template="{}")
     finally:
         torch.set_num_threads(threads)
-    written = load_file(results / "tensors.safetensors")
     assert set(written) == set(expected)
     assert [name for name in expected if not torch.equal(written[name], expected[name])] == []
     assert facts["rows"] == rows
     assert facts["unnamed"].endswith("Pick one in m3fm-report, m3fm-diagnosis")
     assert facts["scores"] == scores
     assert "nibabel" in facts["missing_reader"]["error"]
+
+
+def test_folder_diagnoses_without_m3fm(elsewhere):
+    model = AutoModelForImageTextToText.from_pretrained(elsewhere.checkpoint)
+    here = M3FMDiagnosisPipeline(model=model, processor=AutoProcessor.from_pretrained(elsewhere.checkpoint))
+    for names, rows in zip(FINDINGS, elsewhere.facts["answers"], strict=True):
+        for row, expected in zip(rows, here(elsewhere.images, candidate_labels=names, batch_size=2), strict=True):
+            assert scores(row) == pytest.approx(scores(expected), abs=1e-4)
+            assert [each["calibrated"] for each in row["labels"]].count(True) == 1
+
+
+def scores(row: dict[str, Any]) -> dict[str, float]:
+    return {answer["label"]: answer["score"] for answer in row["labels"]}
+
+
+def test_an_image_processor_alone_works_without_m3fm(elsewhere):
+    assert elsewhere.facts["image_processor"] == [1, 1, 3, 32, 32]
 
 
 def installed_tensors(checkpoint: Path, images: list[str]) -> dict[str, torch.Tensor]:
@@ -152,7 +204,7 @@ def installed_tensors(checkpoint: Path, images: list[str]) -> dict[str, torch.Te
     pixels, mask = inputs["pixel_values"], inputs["image_mask"]
     with torch.no_grad():
         logits = M3FMModel.from_pretrained(checkpoint).eval()(**inputs).logits_per_image
-        classes = classifier(pixels, mask, labels=torch.tensor([0, 1])).logits
+        classes = classifier(pixels, mask, labels=torch.tensor([0, 1, 0])).logits
     return {
         **inputs,
         "alone": pixels,

@@ -56,6 +56,21 @@ def test_studies_are_repeated_left_out_and_held_apart(made_up_data):
     assert not trained & {text for study in validation for text in study.reports.values()}
 
 
+def test_studies_without_a_text_in_the_languages_are_left_out(made_up_data):
+    sets = {"image_sets": {"labelled": 1}, "text_sets": {"texts": 1}}
+    train, _, pairs = load_training_studies(recipe_of(made_up_data, languages=["zh"], **sets))
+    counted = [(study.source, "zh" in study.reports) for study in train]
+    assert set(counted) == {("labelled", False), ("texts", True)}, "what labels speak for stays"
+    assert len(pairs) == 1
+
+
+def test_parallel_text_of_a_set_that_is_not_read_is_refused(made_up_data):
+    with pytest.raises(
+        ValueError, match=r"parallel_sets: got \['texts'\], expected sets that text_sets or image_sets"
+    ):
+        load_training_studies(recipe_of(made_up_data, text_sets={}))
+
+
 def test_no_part_but_that_for_training_is_trained_on(made_up_data):
     train, validation, pairs = load_training_studies(recipe_of(made_up_data))
     assert {study.split for study in train} == {"train"}
@@ -204,9 +219,7 @@ def test_texts_are_cut_where_the_encoder_has_no_more_positions(
     recipe = AlignRecipe(vision_model=str(tmp_path / "tower"), tokenizer=str(m3fm.DEFAULT_CHECKPOINT))
     recipe.model = {"text_encoder_config": tiny_config.text_encoder_config, "text_config": tiny_config.text_config}
     if positions < recipe.max_text_length:
-        with pytest.raises(
-            ValueError, match="max_text_length: got 128, expected at most 64, the positions of"
-        ):
+        with pytest.raises(ValueError, match="max_text_length: got 128, expected at most 64, the positions of"):
             build_model(recipe)
         recipe.max_text_length = positions
     _, processor = build_model(recipe)
@@ -334,6 +347,19 @@ def test_towers_by_lora_leave_a_whole_checkpoint_and_the_adapter(write_recipe, t
     assert facts["vision"] == "lora"
 
 
+def test_a_frozen_tower_drops_nothing_out(write_recipe, monkeypatch):
+    seen = []
+    whole = M3FMModel.get_text_features
+
+    def spy(self, *args, **kwargs):
+        seen.append((self.training, self.text_encoder.training, self.text_projection.training))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(M3FMModel, "get_text_features", spy)
+    run_recipe(write_recipe("align", text_training="frozen", text_encoder="", eval_strategy="no", max_steps=2))
+    assert seen == [(True, False, True)] * 2
+
+
 def test_training_brings_the_loss_down(write_recipe, tmp_path):
     run_recipe(write_recipe("align"), ["--max_steps", "30", "--eval_strategy", "no"])
     history = json.loads((tmp_path / "align" / "history.json").read_text())
@@ -346,6 +372,43 @@ def test_a_batch_of_one_language_without_images_is_no_error(write_recipe):
     assert run_recipe(recipe, ["--max_steps", "1"])["steps"] == 1
 
 
-def test_validation_scores_what_there_is(write_recipe):
+def test_validation_scores_what_there_is(write_recipe, tmp_path):
     recipe = write_recipe("align", image_sets={}, eval_steps=1)
     assert set(run_recipe(recipe, ["--max_steps", "1"])["validation"]) == {"eval_r1_en_zh"}
+    # Of too few studies with labels there is no area, which would be logged as no number.
+    other = write_recipe("align", image_sets={"reported": 1}, eval_steps=1, output_dir=str(tmp_path / "images"))
+    assert set(run_recipe(other, ["--max_steps", "1"])["validation"]) == {
+        "eval_r10_image_en",
+        "eval_r10_image_zh",
+        "eval_r1_en_zh",
+    }
+
+
+def test_one_micro_batch_at_a_time_goes_to_the_device(write_recipe, monkeypatch):
+    whole_loader, whole_inputs, loaders, moved = (
+        AlignTrainer.get_train_dataloader,
+        AlignTrainer._prepare_inputs,
+        [],
+        [],
+    )
+
+    def loader(self):
+        loaders.append(whole_loader(self))
+        return loaders[-1]
+
+    def inputs(self, batch):
+        moved.append(len(batch.get("input_ids", ())))
+        return whole_inputs(self, batch)
+
+    monkeypatch.setattr(AlignTrainer, "get_train_dataloader", loader)
+    monkeypatch.setattr(AlignTrainer, "_prepare_inputs", inputs)
+    run_recipe(write_recipe("align", eval_strategy="no", max_steps=1, gradient_accumulation_steps=3))
+    assert [each.device for each in loaders] == [None], "accelerate moves nothing"
+    assert len(moved) == 3 + 3 * 2, "each is moved when it is embedded, and nothing but its facts otherwise"
+    assert moved[:3] == moved[4::2] and moved[3::2] == [0, 0, 0]
+
+
+def test_a_process_with_several_gpus_is_refused(write_recipe, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda _: 4))
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 4"):
+        run_recipe(write_recipe("align"))

@@ -61,7 +61,7 @@ def classify_recipe(tmp_path, write_recipe, tiny_checkpoint):
             },
         )
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        unwanted = ("text_sets:", "parallel_sets:", "memory_sets:", "validation_set:")
+        unwanted = ("text_sets:", "parallel_sets:", "memory:", "validation_set:", "max_text_length:")
         kept, skipping = [], False
         for line in lines:
             skipping = line.startswith(unwanted) or (skipping and line[0] in " -")
@@ -223,7 +223,7 @@ def test_a_run_gives_a_classifier_that_loads(features, classify_recipe, tmp_path
     head = json.loads((folder / HEAD_FILE).read_text(encoding="utf-8"))
     assert head["thresholds"] == facts["thresholds"] and 0 < head["thresholds"]["pleural_effusion"] < 1
     assert head["report_language"] == (None if features == "image" else "zh")
-    assert (folder / "curves.png").is_file() and (folder / "run.json").is_file()
+    assert (folder / "curves.png").is_file() and (folder / "training.json").is_file()
     written = list((tmp_path / "reports").glob("*-zh-*.jsonl"))
     assert len(written) == (0 if features == "image" else 2)
 
@@ -232,7 +232,7 @@ def test_the_writer_of_reports_is_known_by_what_they_depend_on(tiny_checkpoint):
     before = hash_writer(tiny_checkpoint)
     for name, change, differs in (
         ("config.json", {"diagnosis": {}}, False),
-        ("run.json", {}, False),
+        ("training.json", {}, False),
         ("generation_config.json", {"max_new_tokens": 7}, True),
     ):
         path = tiny_checkpoint / name
@@ -271,7 +271,7 @@ def test_a_head_starts_as_the_logistic_regression_on_its_features(made_up_data, 
     start_head(model, collator, np.zeros(1), seed=0)
     model.eval()
     with torch.inference_mode():
-        outputs = model(**collator(list(range(8))))
+        outputs = model(**{name: each for name, each in collator(list(range(8))).items() if name != "study_ids"})
     without = diagnosis_loss(torch.zeros(8, 1), torch.from_numpy(train.labels).float(), None)
     assert diagnosis_loss(outputs.logits, torch.from_numpy(train.labels).float(), None) < without
     bias = model.classifier.bias.clone()

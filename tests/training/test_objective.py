@@ -208,7 +208,9 @@ def test_cached_gradients_are_those_of_one_batch():
         if other.grad is None:  # InfoNCE does not know a constant
             assert name == "bias" and abs(one.grad) < 1e-6
         else:
-            torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                one.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_the_second_pass_drops_out_what_the_first_did():

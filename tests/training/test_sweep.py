@@ -166,3 +166,23 @@ def test_noise_levels_are_trained_from_the_same_start_once(sweep_recipe, tmp_pat
     assert "| noise | memory |" in facts["table"]
     monkeypatch.setattr(sweep.write, "run", lambda *_: pytest.fail("trained again"))
     assert run_recipe(path)["chosen"] == facts["chosen"]
+
+
+def test_a_memory_that_is_too_large_is_refused_before_the_first_report(sweep_recipe, monkeypatch):
+    monkeypatch.setattr(sweep._Writer, "score", lambda *_: pytest.fail("written"))
+    with pytest.raises(ValueError, match="Expected 99 texts a language for the support memory, the sets have 9"):
+        run_recipe(sweep_recipe(memory_methods=["own", "kmeans"], memory_sizes=[4, 99]))
+
+
+def test_all_ranks_make_the_memory_and_the_main_one_saves(sweep_recipe, tmp_path, monkeypatch):
+    whole, made = sweep.build_memory, []
+    monkeypatch.setattr(sweep, "build_memory", lambda *given: made.append(given) or whole(*given))
+    path = sweep_recipe(memory_methods=["sampled"], memory_sizes=[4], temperatures=[0.1], exclude=["0"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "is_main", lambda: False)
+        run_recipe(path)
+    # Texts are embedded by all ranks together: one that left it to the main rank would keep that waiting.
+    assert len(made) == 2 and not (tmp_path / "sweep" / "model.safetensors").exists()
+    run_recipe(path)
+    record = json.loads((tmp_path / "sweep" / "training.json").read_text())
+    assert record["recipe"]["exclude"] == 1, "ids of studies are not passed on"

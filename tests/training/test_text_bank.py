@@ -165,5 +165,10 @@ def test_a_set_that_states_no_parts_is_trained_on_whole(made_up_data):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     path.write_text("", encoding="utf-8")
     add_rows(path, [{name: value for name, value in row.items() if name != "split"} for row in rows])
-    sets = sets_of(made_up_data, text_sets={"reported": 1})
+    sets = sets_of(made_up_data, text_sets={"reported": 1}, parallel_sets=[])
     assert len(load_texts(sets)) == len(rows)
+
+
+def test_parallel_text_of_a_set_that_is_not_read_is_refused(made_up_data):
+    with pytest.raises(ValueError, match=r"parallel_sets: got \['labelled'\], expected sets that text_sets names too"):
+        load_texts(sets_of(made_up_data, parallel_sets=["texts", "labelled"]))

@@ -235,7 +235,7 @@ def test_noise_and_memory_of_the_recipe_reach_the_checkpoint(base, write_recipe,
     ("values", "message"),
     [
         ({"max_text_length": 252}, "set `max_text_length` to 251 at most"),
-        ({"text_sets": {"labelled": 1}}, r"text_sets: \['labelled'\] have no training text"),
+        ({"text_sets": {"labelled": 1}, "parallel_sets": []}, r"text_sets: \['labelled'\] have no training text"),
         ({"validation_set": "labelled"}, "labelled has no validation study with images and reports"),
         ({"memory": {"size": 99}}, "Expected 99 texts a language for the support memory, the sets have 10"),
         ({"decoder_training": "lora"}, "'lora' needs a trained decoder"),

@@ -2,9 +2,8 @@
 """Whole files, as the command line translates and checks them."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,20 +46,26 @@ def test_translate(tmp_path: Path, reports: Path) -> None:
     assert (tmp_path / "pairs.jsonl.cache.sqlite").is_file()
 
 
+def translate_and_die(path: Path, cache: Path, output: Path) -> None:
+    batches = []
+
+    def translate(texts: Sequence[str]) -> list[str]:
+        if len(batches) == 2:
+            os._exit(9)
+        batches.append(texts)
+        return ["结节。"] * len(texts)
+
+    translate_files(path, Translator("nodules", translate), output, cache=cache, batch_size=2)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a child has to die")
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     texts = [f"Nodule {'i' * number}." for number in range(6)]
     path, cache, output = tmp_path / "texts.jsonl", tmp_path / "cache.sqlite", tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"en": text}) + "\n" for text in texts), encoding="utf-8")
-    (tmp_path / "dying.py").write_text(
-        "import os\nfrom m3fm.data.parallel import translate_files\nbatches = []\n"
-        "def translate(texts):\n"
-        "    if len(batches) == 2:\n        os._exit(9)\n"
-        "    batches.append(texts)\n    return ['结节。'] * len(texts)\n"
-        "translate.name = 'nodules'\n"
-        f"translate_files({str(path)!r}, translate, {str(output)!r}, cache={str(cache)!r}, batch_size=2)\n"
-    )
-    root = Path(__file__).parents[3]
-    died = subprocess.run([sys.executable, tmp_path / "dying.py"], env={**os.environ, "PYTHONPATH": str(root)})
+    died = multiprocessing.get_context("fork").Process(target=translate_and_die, args=(path, cache, output))
+    died.start()
+    died.join()
     asked = []
 
     def translate(batch: Sequence[str]) -> list[str]:
@@ -70,7 +75,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     named = Translator("nodules", translate)
     counts = translate_files(path, named, output, cache=cache, batch_size=2, kinds=[], progress=False)
 
-    assert died.returncode == 9
+    assert died.exitcode == 9
     assert sorted(asked) == texts[:2]
     assert counts["written"] == 6
 
