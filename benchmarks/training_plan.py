@@ -112,7 +112,7 @@ def table(facts: dict[str, Any]) -> str:
                 f"{each['planned']['seconds'] / each['measured']['seconds']:.2f}",
             )
         )
-    return markdown_table(rows[0], rows[1:])
+    return markdown_table(rows)
 
 
 def main() -> None:

@@ -223,10 +223,10 @@ def _split_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 def _pair_words(pairs: list[str], rest: Sequence[str]) -> list[str]:
     words = []
-    for pair in pairs or [rest[0] if rest else "nothing"]:
+    for pair in pairs or [*rest][:1] or [""]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set: expected name=value, as learning_rate=1e-4, got {pair!r}.")
+            raise ValueError(f"--set: expected name=value, as learning_rate=1e-4, got {pair or 'nothing'}.")
         words += [f"--{name}", value]
     return words
 

@@ -81,8 +81,8 @@ class M3FMConfig(PreTrainedConfig):
         image_token_id: Placeholder id of all those positions.
         language_token_ids: Language code to the token that asks the decoder for it; the memory is in their order.
         logit_scale_init_value: Initial value of the log temperature; CLIP's ln(1 / 0.07).
-        logit_bias_init_value: Initial value of a bias on the logits, as the sigmoid loss needs it (SigLIP 2023, section
-            3.2: -10, beside a scale of ln(10)); None: there is no bias.
+        logit_bias_init_value: Initial value of a bias on the logits, as the sigmoid loss needs it (SigLIP 2023,
+            section 3.2: -10, beside a scale of ln(10)); None: there is no bias.
         support_memory_size: Embeddings M of training reports kept per language; 0 keeps none, and image embeddings
             then reach the decoder as they are.
         support_temperature: Temperature of the softmax over the memory (DeCap 2023, section 3.3).

@@ -21,6 +21,9 @@ def pytest_configure() -> None:
     """Keeps every test off the network, and has checkpoints loaded without threads, which slow tiny ones down."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores already
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:

@@ -48,7 +48,7 @@ def test_the_card_travels_with_the_weights():
         ("README.md", RESULTS),
         ("model_cards/m3fm-small.md", RESULTS),
         ("docs/explain.md", RESULTS),
-        ("docs/training.md", RESULTS),
+        ("docs/training.md", RESULTS.parent),
         ("docs/evaluation.md", RESULTS.parent),
         ("docs/input.md", RESULTS.parent),
         ("docs/datasets.md", RESULTS.parent),
