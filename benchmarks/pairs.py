@@ -3,8 +3,8 @@
 
 Each run starts from the same writer and is scored on the validation part of the set, beside that writer and one
 constant report; "shuffled" scores the reports of one study against those of another, ten times, and what a system is
-above it comes from its image. A run that was stopped goes on, one that is finished is not run again. Results go to
-JSON with `--output`, and a markdown table is printed.
+above it comes from its image. A run that was stopped goes on, one that is finished is not run again; what is finished
+goes to JSON with `--output`, and a markdown table is printed. Options choose what is run now.
 
     python benchmarks/pairs.py --runs runs/pairs --output model_cards/results/pairs.json
 """
@@ -52,17 +52,18 @@ MODES: dict[str, dict[str, Any]] = {
 TITLES = {"full": "decoder", "lora": "decoder by LoRA", "direct": "decoder and projection, no memory"}
 # All three at the whole set, the first two at every share of it.
 SHARED_MODES = ("full", "lora")
+TOKENS = (0, 8)
 # A fresh projector has farther to go than a trained decoder.
 PROJECTOR_RATE = 1e-3
 DRAWS = 10
 COLUMNS = ("bleu_4", "bleu_4_shuffled", "rouge_l", "finding_f1", "finding_f1_shuffled", "distinct")
 
 
-def train(name: str, fraction: float, mode: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs stage 3 and returns its record; a finished run's at once."""
+def train(name: str, fraction: float, mode: str, tokens: int, options: argparse.Namespace) -> None:
+    """Runs stage 3; does nothing where that is done."""
     folder = options.runs / name
-    if (record := read_record(folder)) is not None:
-        return record
+    if read_record(folder) is not None:
+        return
     changes = {
         "base": str(options.base),
         "data_root": str(options.data.parent),
@@ -74,12 +75,12 @@ def train(name: str, fraction: float, mode: str, tokens: int, options: argparse.
         "learning_rates": {"token_projector": PROJECTOR_RATE / MODES[mode]["learning_rate"]} if tokens else {},
         **MODES[mode],
         "output_dir": str(folder),
-        "max_steps": max(1, round(STEPS[fraction] * options.length)),
+        "max_steps": STEPS[fraction],
         "eval_strategy": "no",
         "save_steps": 30,
     }
     overrides = [word for key, value in changes.items() for word in (f"--{key}", json.dumps(value))]
-    return run_recipe(options.recipe, overrides)
+    run_recipe(options.recipe, overrides)
 
 
 def write_reports(folder: Path, studies: Sequence[Study], options: argparse.Namespace) -> dict[str, list[str]]:
@@ -119,36 +120,51 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(lines)
 
 
+def scored(name: str, folder: Path, studies: Sequence[Study], options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the scores of a checkpoint, by language; kept beside its folder."""
+    path = options.runs / f"{name}-scores.json"
+    if not path.is_file():
+        written = write_reports(folder, studies, options)
+        write_json(path, {language: score(texts, studies, language) for language, texts in written.items()})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains what is missing and scores everything."""
+    """Trains what was asked for and is missing, and scores what is there."""
     studies = validation_studies(str(options.data.parent), options.data.name, ["en", "zh"])
+    grid = {
+        f"{fraction:g}-{mode}-{tokens}": (fraction, mode, tokens)
+        for fraction, mode, tokens in itertools.product(STEPS, MODES, TOKENS)
+        if fraction == 1 or mode in SHARED_MODES
+    }
+    for name, (fraction, mode, tokens) in grid.items():
+        if fraction in options.fractions and mode in options.modes and tokens in options.image_tokens:
+            train(name, fraction, mode, tokens, options)
     constant = {}
     for language in ("en", "zh"):
         reports = [study.reports[language] for study in training_part(load_studies(options.data)) if study.reports]
-        constant[language] = [reports[select_constant_report(reports, language)]] * len(studies)
-    written = {"constant": constant, "base": write_reports(options.base, studies, options)}
+        chosen = reports[select_constant_report(reports, language)]
+        constant[language] = score([chosen] * len(studies), studies, language)
     rows: dict[str, dict[str, Any]] = {
-        "constant": {"studies": "-", "trained": "nothing: one constant report", "image_tokens": "-"},
+        "constant": {"studies": "-", "trained": "nothing: one report", "image_tokens": "-", "scores": constant},
         "base": {"studies": 0, "trained": "text alone", "image_tokens": 0},
     }
-    for fraction, mode, tokens in itertools.product(options.fractions, options.modes, options.image_tokens):
-        if fraction < 1 and mode not in SHARED_MODES:
+    rows["base"]["scores"] = scored("base", options.base, studies, options)
+    records = {name: read_record(options.runs / name) for name in grid}
+    for name, (_, mode, tokens) in grid.items():
+        if (record := records[name]) is None:
             continue
-        name = f"{fraction:g}-{mode}-{tokens}"
-        record = train(name, fraction, mode, tokens, options)
-        written[name] = write_reports(options.runs / name, studies, options)
-        count = sum(each["studies"] for each in record["sets"].values())
         rows[name] = {
-            "studies": count,
+            "studies": sum(each["studies"] for each in record["sets"].values()),
             "trained": TITLES[mode],
             "image_tokens": tokens,
             "steps": record["steps"],
             "epochs": record["epochs"],
             "trained_parameters": record["trained_parameters"],
+            "scores": scored(name, options.runs / name, studies, options),
         }
-    for name, texts in written.items():
-        rows[name]["scores"] = {language: score(each, studies, language) for language, each in texts.items()}
-    return {"validation_studies": len(studies), "rows": rows, "table": render(rows)}
+    missing = [name for name, record in records.items() if record is None]
+    return {"validation_studies": len(studies), "not_run": missing, "rows": rows, "table": render(rows)}
 
 
 def main() -> None:
@@ -159,10 +175,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/cov_ctr"), help="folder of the set")
     parser.add_argument("--features", type=Path, default=Path("runs/features"), help="cached image tokens")
     parser.add_argument("--runs", type=Path, default=Path("runs/pairs"), help="where the runs are kept")
-    parser.add_argument("--fractions", type=float, nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--fractions", type=float, nargs="*", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--image-tokens", type=int, nargs="+", default=[0, 8])
-    parser.add_argument("--length", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--image-tokens", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     options.recipe = find_recipe(options.recipe)
@@ -171,7 +186,6 @@ def main() -> None:
         "steps": {f"{fraction:g}": steps for fraction, steps in STEPS.items()},
         "modes": MODES,
         "draws": DRAWS,
-        "threads": torch.get_num_threads(),
         "versions": library_versions(),
         **measure(options),
     }

@@ -15,6 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
+import m3fm_cli
 from m3fm import M3FMReportPipeline, cli
 from m3fm.hub import export_remote_code
 from m3fm_cli import NOTICE, main
@@ -390,6 +391,38 @@ def test_train_passes_settings_on(tmp_path, monkeypatch, capsys):
         assert called[-1] == (shipped, ["--output_dir", "elsewhere"])
     assert main(["train", "--seed=3", "tokenizer", "--output_dir", "elsewhere"]) == 0
     assert called[-1] == (shipped, ["--seed", "3", "--output_dir", "elsewhere"])
+    assert main(["train", "--set", "seed=3", "a.b=x=y", "tokenizer", "--set=c=1", "--d", "-1", "--set", "e="]) == 0
+    assert called[-1] == (shipped, ["--seed", "3", "--a.b", "x=y", "--c", "1", "--d", "-1", "--e", ""])
+
+
+def test_train_plans_and_starts_nothing(monkeypatch, capsys):
+    pytest.importorskip("yaml")
+    from m3fm.training import plan, recipe
+
+    called = []
+    monkeypatch.setattr(recipe, "plan_recipe", lambda *given: called.append(given) or [])
+    monkeypatch.setattr(plan, "format_plans", lambda plans, form: f"{form}\n")
+    assert main(["train", "tokenizer", "--dry-run", "--set", "seed=3"]) == 0
+    assert capsys.readouterr().out == "text\n"
+    assert main(["train", "--dry-run", "--ranks", "8", "--tflops", "400", "--format", "json", "tokenizer"]) == 0
+    assert capsys.readouterr().out == "json\n"
+    path = recipe.RECIPES / "tokenizer.yaml"
+    assert called == [(path, ["--seed", "3"], 1, None), (path, [], 8, 4e14)]
+    for words in (["--format", "json"], ["--ranks", "2"], ["--tflops", "9"]):
+        assert main(["train", "tokenizer", *words]) == 2
+        assert "expected --dry-run beside them" in capsys.readouterr().err
+
+
+def test_one_process_of_several_tells_an_error(monkeypatch, capsys):
+    pytest.importorskip("yaml")
+    waited = []
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # other processes have it set, and here it is to go again
+    monkeypatch.setattr(m3fm_cli.time, "sleep", waited.append)
+    for rank, told in (("0", "error: No recipe"), ("1", "error on rank 1: No recipe")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "absent"]) == 2
+        assert capsys.readouterr().err.startswith(told)
+    assert len(waited) == 1, "the launcher ends it meanwhile"
 
 
 def test_train_lists_and_refuses(capsys):
@@ -405,6 +438,9 @@ def test_train_lists_and_refuses(capsys):
     for words in (["--seed"], ["another"]):
         assert main(["train", "tokenizer", *words]) == 2
         assert "`--name value` pairs" in capsys.readouterr().err
+    for words in (["--set"], ["--set", "seed"], ["--set", "=3"]):
+        assert main(["train", "tokenizer", *words]) == 2
+        assert "--set: expected name=value" in capsys.readouterr().err
 
 
 def test_missing_extra_is_one_line(monkeypatch, capsys):

@@ -155,26 +155,20 @@ def run(recipe: AdaptTextRecipe, arguments: TrainingArguments, options: RunOptio
     bank = TextBank([*material.learned, *rehearsed], model.config.languages)
     bank.embed(model.model, processor)
     adapt_memory(model, bank, recipe, is_new, arguments.seed)
-    model.requires_grad_(False)
-    # In full, so that the adapter alone is all that changed where LoRA is asked for.
-    model.prefix_projector.requires_grad_(mode == "full")
-    set_training(model.decoder, mode, recipe.lora, "decoder_training")
     counts = bank.lengths(processor) + 1
     draws = ReplayDraws(len(bank.passages) - len(rehearsed), len(rehearsed), recipe.replay_share)
+    freeze(model, mode, recipe.lora)
+    # What was learned is to be written in full.
+    model.generation_config.max_new_tokens = max(length, model.generation_config.max_new_tokens or 0)
+    batch_size, seed, world_size = arguments.train_batch_size, arguments.seed, arguments.world_size
     trainer = WriteTrainer(
         model=model,
         args=arguments,
         train_dataset=range(len(bank.passages)),
         eval_dataset=range(0),
-        data_collator=WriteCollator(texts, bank, recipe.cross_lingual, model.config.text_noise_std, arguments.seed),
+        data_collator=WriteCollator(texts, bank, recipe.cross_lingual, model.config.text_noise_std, seed),
         processing_class=processor,
-        batches=LengthBucketSampler(
-            np.minimum(counts, length),
-            arguments.train_batch_size,
-            arguments.seed,
-            world_size=arguments.world_size,
-            draws=draws,
-        ),
+        batches=LengthBucketSampler(np.minimum(counts, length), batch_size, seed, world_size=world_size, draws=draws),
         validation=validation,
         options=options,
     )
@@ -190,6 +184,13 @@ def run(recipe: AdaptTextRecipe, arguments: TrainingArguments, options: RunOptio
         "scores": {"before": before, "after": validation.all_scores(model)},
     }
     return _finish(trainer, recipe, base, facts)
+
+
+def freeze(model: M3FMForReportGeneration, mode: str, lora: LoraBlock) -> None:
+    """Sets what is trained: the decoder, and in mode "full" how it reads an embedding; by LoRA the adapter alone."""
+    model.requires_grad_(False)
+    model.prefix_projector.requires_grad_(mode == "full")
+    set_training(model.decoder, mode, lora, "decoder_training")
 
 
 def _finish(trainer: WriteTrainer, recipe: AdaptTextRecipe, base: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def gather_texts(recipe: AdaptTextRecipe, known: Sequence[str], seed: int) -> _M
     if is_main():
         parts = [found.summary(), f"{len(parallel)} rows of parallel text" if parallel else ""]
         parts.append(f"{len(held_out)} distinct texts are held out")
-        logger.warning("%s: %s", recipe.texts or recipe.parallel, "; ".join(filter(None, parts)))
+        sys.stderr.write(f"{recipe.texts or recipe.parallel}: {'; '.join(filter(None, parts))}\n")
         if recipe.language not in known and not parallel:
             logger.warning(
                 "%r is new and there is no parallel text: the text encoder is not taught the language, so that what "

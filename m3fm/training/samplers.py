@@ -352,6 +352,9 @@ def count_tokens(
         cache: A folder in which the counts are kept, by tokenizer and texts: the next run does not count again.
     """
     backend = tokenizer.backend_tokenizer
+    # As they are counted; what an earlier call left would be part of the cache's name.
+    backend.no_truncation()
+    backend.no_padding()
     path = None
     if cache is not None:
         digest = hashlib.sha256(backend.to_str().encode())

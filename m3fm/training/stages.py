@@ -116,8 +116,11 @@ def read_stages(values: Mapping[str, Any]) -> list[Stage]:
             stages.append(_stage(name, block, shared, values["output_dir"], stages))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    known = {name for stage in stages for name in stage.kind.types()}
-    refuse_unknown(shared, known | {"stages", "output_dir"})
+    of_stages = {name for stage in stages for name in stage.kind.types()}
+    if others := shared.keys() - of_stages:
+        # Those of a stage that is left out may stay.
+        known = {name for kind in KINDS.values() for name in kind.types()}
+        refuse_unknown([name for name in shared if name in others], known)
     return stages
 
 

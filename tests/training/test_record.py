@@ -43,6 +43,7 @@ class Processor:
 
 def test_a_run_leaves_what_its_card_says(tmp_path):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
     trainer = small_trainer(
         tmp_path,
         RunOptions(early_stopping_patience=9),

@@ -201,6 +201,7 @@ def test_accelerate_deals_the_trainers_order_as_the_sampler_does(world_size, ski
 
 def test_token_counts_are_kept(tokenizer, tmp_path, monkeypatch):
     texts = ["The lungs are clear.", "双肺清晰。", "No pleural effusion, no pneumothorax."]
+    tokenizer(texts, truncation=True, max_length=4, padding=True)  # leaves its settings behind
     counts = count_tokens(texts, tokenizer, tmp_path)
     assert counts.tolist() == [len(tokenizer(text)["input_ids"]) for text in texts]
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("counted again"))

@@ -61,7 +61,7 @@ def test_a_stage_goes_on_from_those_before_it(tmp_path):
 def test_stages_are_merged_into_those_of_another_recipe(tmp_path):
     (tmp_path / "first.yaml").write_text(SMALL, encoding="utf-8")
     text = "extends: first\nstages: {tokenizer: null, align: {model: {projection_hidden_size: 1}}, write: {seed: 3}}"
-    stages = stages_of(tmp_path, text, "--stages.again", "null")
+    stages = stages_of(tmp_path, text, "--stages.again", "null", "--vocab_size", "500")
     assert list(stages) == ["align", "write"]
     model = stages["align"].values["model"]
     assert (model["projection_dim"], model["projection_hidden_size"]) == (64, 1)
@@ -244,7 +244,7 @@ def test_stages_run_under_a_launcher(tiny_words, tmp_path):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "m3fm", "train"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         words = [sys.executable, *command, "tiny", *settings, *more]
-        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
 
     done = launch()
     assert done.returncode == 0, done.stderr
