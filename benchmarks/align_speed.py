@@ -5,8 +5,9 @@ Both sides train the same model (an image tower, a text tower, random weights) o
 bfloat16 autocast, with AdamW and gradients clipped at 1. Theirs is `open_clip_train.train.train_one_epoch` with
 `ClipLoss`, as released; ours is `AlignTrainer` with InfoNCE. With several micro-batches a step both keep the
 embeddings of all and go through the towers a second time. They take turns; a row is the median over all steps but the
-first of each turn. Also the share of our step that is spent in matrix multiplication, and on a GPU model FLOP/s over
-what the card's own matrix multiplication reaches (`--device cuda`).
+first of each turn. Where other processes share the cores, the ratio of CPU time says more (with one thread). Also the
+share of our step that is spent in matrix multiplication, and on a GPU model FLOP/s over what the card's own matrix
+multiplication reaches (`--device cuda`).
 
 Needs open_clip_torch; torchvision and timm, which its training step does not use, may be missing.
 """
@@ -91,8 +92,8 @@ class Pairs:
 
 def their_seconds(
     model: M3FMModel, studies: MadeUpStudies, options: argparse.Namespace, count: int, steps: int
-) -> list[float]:
-    """Takes steps of open_clip's, and returns how long each but the first took."""
+) -> StepTimes:
+    """Takes steps of open_clip's, and returns how long they took."""
     train_one_epoch, clip_loss = import_open_clip()
     wrapped = AsOpenClip(model).to(options.device)
     gains = [each for each in wrapped.parameters() if each.ndim < 2]
@@ -118,17 +119,17 @@ def their_seconds(
     )
     data = {"train": Pairs(studies, options.micro_batch, count * steps)}
     train_one_epoch(wrapped, data, clip_loss(), 0, optimizer, None, None, None, args)
-    return times.seconds
+    return times
 
 
 def our_seconds(
     model: M3FMModel, studies: MadeUpStudies, options: argparse.Namespace, count: int, steps: int
-) -> list[float]:
-    """Takes steps of stage 1, and returns how long each but the first took."""
+) -> StepTimes:
+    """Takes steps of stage 1, and returns how long they took."""
     times = StepTimes()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         make_trainer(model, studies, Path(folder), options.micro_batch, count, steps, [times], options.device).train()
-    return times.seconds
+    return times
 
 
 def matmul_share(model: M3FMModel, studies: MadeUpStudies, options: argparse.Namespace, count: int) -> float:
@@ -162,13 +163,16 @@ def measure(options: argparse.Namespace, count: int) -> dict[str, Any]:
     size = (VISION_TOWERS[options.vision], options.size, options.text_width, options.text_layers)
     studies = MadeUpStudies(options.micro_batch * count * options.steps, options.size, options.tokens)
     seconds: dict[str, list[float]] = {"ours": [], "open_clip": []}
+    cpu_seconds: dict[str, list[float]] = {"ours": [], "open_clip": []}
     model = build_model(*size)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     for turn in range(options.repeats):
         ways = [("ours", our_seconds), ("open_clip", their_seconds)]
         for name, run in ways if turn % 2 == 0 else ways[::-1]:
             model.load_state_dict(weights)
-            seconds[name] += run(model, studies, options, count, options.steps)
+            times = run(model, studies, options, count, options.steps)
+            seconds[name] += times.seconds
+            cpu_seconds[name] += times.cpu_seconds
             print(count, name, [round(each, 2) for each in seconds[name]], flush=True)
     batch = options.micro_batch * count
     medians = {name: statistics.median(each) for name, each in seconds.items()}
@@ -177,7 +181,9 @@ def measure(options: argparse.Namespace, count: int) -> dict[str, Any]:
         "batch": batch,
         "studies_per_s": {name: batch / each for name, each in medians.items()},
         "ratio": medians["open_clip"] / medians["ours"],
+        "cpu_ratio": statistics.median(cpu_seconds["open_clip"]) / statistics.median(cpu_seconds["ours"]),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "matmul_share": matmul_share(model, studies, options, count),
     }
     if options.device == "cuda":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 from torch.multiprocessing import spawn
@@ -157,15 +158,21 @@ class NoScores:
 
 
 class StepTimes(TrainerCallback):
-    """Notes when steps end, in seconds; `seconds` are those from one end to the next."""
+    """Notes when steps end; times are those from one end to the next, but for the first step, which warms up."""
 
     def __init__(self):
         self.ends: list[float] = []
+        self.cpu_ends: list[float] = []
 
     @property
     def seconds(self) -> list[float]:
-        """How long each step but the first took, which warms up."""
-        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+        """How long each step took."""
+        return np.diff(self.ends).tolist()
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """How long each step kept the cores of this process busy: other processes change it less."""
+        return np.diff(self.cpu_ends).tolist()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,6 +181,7 @@ class StepTimes(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self.cpu_ends.append(time.process_time())
 
 
 def make_trainer(

@@ -242,6 +242,9 @@ def load_training_studies(recipe: AlignRecipe) -> tuple[list[Study], list[Study]
             held_apart += pairs
         # What has neither words in a language of the model nor labels has nothing to be compared with.
         usable = [study for study in studies if study.findings or study.reports.keys() & set(recipe.languages)]
+        if not any(study.images or name not in recipe.image_sets for study in usable):
+            images = "images beside " if name in recipe.image_sets else ""
+            raise ValueError(f"{name}: no study has {images}labels or reports: leave it out, or take another set.")
         validation += [study for study in usable if study.split == "validation"]
         train += training_part(usable) * repeats
     if unknown:

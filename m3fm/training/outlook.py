@@ -223,7 +223,6 @@ def _look_align(recipe: Any, arguments: TrainingArguments, before: Mapping[str, 
     found.config = _align_config(recipe, found)
     _check_text_positions(recipe.max_text_length, found.config.text_encoder_config)
     train, validation, _ = load_training_studies(recipe)
-    _check_columns(recipe, train + validation)
     languages = found.config.languages
     lengths = _counted([_longest_text(study, languages) for study in train], found, recipe.max_text_length)
     images = _num_images(train + validation)
@@ -443,19 +442,6 @@ def _check_text_positions(length: int, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"max_text_length: got {length}, expected at most {positions}, the positions of the text encoder."
         )
-
-
-def _check_columns(recipe: Any, studies: Sequence[Study]) -> None:
-    """Refuses sets that lack what a recipe takes of them."""
-    images = {study.source for study in studies if study.images}
-    texts = {study.source for study in studies if study.reports or study.findings}
-    for field_name, having, what in (
-        ("image_sets", images, "images beside reports or labels"),
-        ("text_sets", texts, "reports or labels"),
-    ):
-        for name in getattr(recipe, field_name):
-            if not any(source == Path(name).name for source in having):
-                raise ValueError(f"{field_name}: no study of {name} has {what}: leave it out, or choose another set.")
 
 
 def _longest_text(study: Study, languages: Sequence[str]) -> str:

@@ -2,8 +2,9 @@
 """What a recipe would take, said before it starts: parameters, memory, steps, tokens, time and disk.
 
 Parameters, weights, gradients and optimizer are exact. Activations are what autograd keeps of one micro-batch of the
-longest texts; what an operation needs for a moment, and what an allocator wastes, comes on top. Time is floating point
-operations over what this device reaches in a matrix multiplication, of which `UTILISATION` is taken to be used.
+longest texts, counted; what an allocator wastes comes on top, and what is freed before the last gradient is there does
+not. Time is floating point operations over what this device reaches in a matrix multiplication, of which `UTILISATION`
+is taken to be used. `benchmarks/training_plan.py` holds both against steps that are taken.
 """
 
 import json
@@ -202,6 +203,7 @@ def _add_computation(plan: Plan, found: Outlook, arguments: TrainingArguments, m
         accumulated = arguments.gradient_accumulation_steps
         contrastive = any(steps.pairs)
         plan.memory["activations of a micro-batch"] = cost.activations
+        plan.memory["their gradients, in passing"] = cost.passing
         # Stage 1 holds the micro-batches of a step until all have been sent back.
         plan.memory["input tensors"] = cost.inputs * (accumulated if contrastive else 1)
         twice = shorter.forward_flops if contrastive and accumulated > 1 else 0

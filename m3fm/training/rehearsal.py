@@ -82,12 +82,15 @@ class StepCost:
 
     Attributes:
         activations: Bytes that are kept for the gradient, copies of weights in 16 bits included.
+        passing: Bytes of the gradients at one place of the backward pass: of what an operation gave and of what it was
+            given, each taken to be as large as the largest tensor that is kept.
         inputs: Bytes of the micro-batch.
         forward_flops: Floating point operations of the forward pass.
         flops: Of forward and backward pass.
     """
 
     activations: int
+    passing: int
     inputs: int
     forward_flops: int
     flops: int
@@ -150,7 +153,8 @@ def rehearse(model: nn.Module, inputs: Callable[[], Inputs], loss: Loss, bf16: b
         forward = counter.get_total_flops()
         value.backward()
         size = sum(each.untyped_storage().nbytes() for each in batch.values())
-        return StepCost(sum(kept.values()), size, forward, counter.get_total_flops())
+        passing = 2 * max(kept.values(), default=0)
+        return StepCost(sum(kept.values()), passing, size, forward, counter.get_total_flops())
 
 
 def forward_flops(model: nn.Module, run: Callable[[nn.Module], Any]) -> int:

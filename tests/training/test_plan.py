@@ -121,6 +121,7 @@ def test_a_rehearsal_keeps_what_a_step_keeps(tiny_config):
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             pooled_loss(model.train(), inputs)
         assert cost.activations == sum(size for size, _ in kept.values())
+        assert cost.passing == 2 * max(size for size, _ in kept.values())
         assert cost.inputs == sum(value.nbytes for value in inputs.values())
         # A blocks' weights are multiplied once a token forward, and those that are trained twice backward.
         assert 1.5 < cost.flops / cost.forward_flops < 3

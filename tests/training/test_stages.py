@@ -205,7 +205,10 @@ def test_stages_run_in_order_and_go_on(tiny_words, tmp_path, monkeypatch, capsys
         (["--stages.pairs.sets", "{texts: 1}"], "stages.pairs: sets: texts has no training study with an image"),
         (["--stages.pairs.sets", "{report: 1}"], r"stages.pairs: sets: no set 'report' .*did you mean reported"),
         (["--stages.align.text_sets", "{labelled: 1}", "--stages.align.parallel_sets", "[]"], None),
-        (["--stages.align.image_sets", "{texts: 1}"], "stages.align: image_sets: no study of texts has images"),
+        (
+            ["--stages.align.image_sets", "{texts: 1}"],
+            "stages.align: texts: no study has images beside labels or reports",
+        ),
         (
             ["--stages.write.text_sets", "{labelled: 1}", "--stages.write.parallel_sets", "[]"],
             "stages.write: text_sets: .* have no training text",
