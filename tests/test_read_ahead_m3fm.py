@@ -153,8 +153,7 @@ def test_wrong_settings_are_refused_at_once(settings):
     assert Result(value=1).error is None
 
 
-# A script, as on macOS and Windows nothing is inherited; it loads one file, which is quicker than the package, with a
-# stand-in for torch, which each of its processes would load for a second and send nothing of.
+# A script, as on macOS and Windows nothing is inherited; it loads one file, which is quicker than the package.
 SCRIPT = """
 import multiprocessing, os, sys
 from read_ahead_m3fm import read_ahead
@@ -174,25 +173,26 @@ GUARD main()
 
 
 def test_processes_that_inherit_nothing(tmp_path):
-    (tmp_path / "torch.py").write_text("class Tensor: ...\ndef set_num_threads(count): ...\n", encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("GUARD", 'if __name__ == "__main__":'), encoding="utf-8")
-    run = _run(script)
+    run = _run(tmp_path, script)
     assert run.stdout.splitlines() == ["['a', 'b', 'reading ended its process (exit code 3)']"], run.stderr
     script.write_text(SCRIPT.replace("GUARD", "if True:"), encoding="utf-8")
-    run = _run(script)  # neither hangs nor starts processes on and on
+    run = _run(tmp_path, script)  # neither hangs nor starts processes on and on
     assert "RuntimeError: A process that reads ended at its start (exit code 1)" in run.stderr
 
 
-def _run(*words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "m3fm"), "OMP_NUM_THREADS": "1"}
+def _run(folder, *words):
+    # A stand-in for torch, which takes each process a second to load, and of which none here sends anything.
+    (folder / "torch.py").write_text("class Tensor: ...\ndef set_num_threads(count): ...\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "m3fm")])}
     return subprocess.run(
         [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks for processes as Unix does")
-def test_workers_end_with_a_killed_process():
+def test_workers_end_with_a_killed_process(tmp_path):
     code = (
         "import os, signal, time\n"
         "from read_ahead_m3fm import read_ahead\n"
@@ -203,7 +203,7 @@ def test_workers_end_with_a_killed_process():
         "print(*{next(results).value for _ in range(9)} - {None}, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = _run("-c", code)
+    run = _run(tmp_path, "-c", code)
     pids = [int(pid) for pid in run.stdout.split()]
     assert len(pids) >= 3 and run.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 10

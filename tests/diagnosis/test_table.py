@@ -1,11 +1,12 @@
 # Copyright 2026 The m3fm authors. Licensed under the Apache License, Version 2.0.
 import csv
+import functools
 import json
 
 import pytest
 from PIL import Image
 
-from m3fm.diagnosis import default_diagnosis
+from m3fm.diagnosis import default_diagnosis, table
 from m3fm.diagnosis.table import COLUMNS, diagnose_files
 from m3fm.evaluation.runs import NOTICE
 from m3fm.study_pipeline_m3fm import StudyReader
@@ -15,12 +16,14 @@ LABELS = ["TB", "正常"]
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint):
+def checkpoint(tiny_checkpoint, monkeypatch):
+    """A calibrated checkpoint, which the runs of a test load once."""
+    monkeypatch.setattr(table, "_load", functools.cache(table._load))
     path = tiny_checkpoint / "config.json"
-    table = default_diagnosis()
+    diagnosis = default_diagnosis()
     fitted = {"calibration": {"scale": 0.5, "bias": 0.2}, "threshold": 0.5, "fitted_on": "made-up studies"}
-    table["tuberculosis"] |= fitted
-    config = json.loads(path.read_text(encoding="utf-8")) | {"diagnosis": table}
+    diagnosis["tuberculosis"] |= fitted
+    config = json.loads(path.read_text(encoding="utf-8")) | {"diagnosis": diagnosis}
     path.write_text(json.dumps(config), encoding="utf-8")
     return tiny_checkpoint
 
